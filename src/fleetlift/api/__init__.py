@@ -1,0 +1,1 @@
+"""HTTP: the native API, server-sent events, metrics."""

@@ -1,0 +1,1 @@
+"""The services of a device backend: registry, telemetry, shadows, commands."""

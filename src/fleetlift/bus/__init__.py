@@ -1,0 +1,1 @@
+"""NATS: connection, streams, the embedded server, the fast reader of the log."""

@@ -1,0 +1,1 @@
+"""The domain, without I/O: pure functions, frozen structs, state machines as tables."""

@@ -1,0 +1,1 @@
+"""The engine: controller, measurements, journal, report, emergency path."""

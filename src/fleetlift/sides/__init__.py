@@ -1,0 +1,1 @@
+"""The backends a fleet can move between, behind one small interface."""

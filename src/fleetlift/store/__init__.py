@@ -1,0 +1,1 @@
+"""PostgreSQL: schema migrations, one module of queries an area, the embedded server."""
