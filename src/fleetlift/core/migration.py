@@ -126,7 +126,7 @@ class Sample(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Observations(msgspec.Struct, frozen=True, kw_only=True):
-    """All that a decision may rest on. `fleet` are the devices that `where` selects; None: not readable now."""
+    """All that a decision may rest on. `fleet`: the devices that `where` selects; None: not readable now."""
 
     fleet: tuple[FleetDevice, ...] | None = None
     devices: Mapping[str, DeviceObservation] = {}

@@ -45,7 +45,7 @@ class Flags(msgspec.Struct, frozen=True, kw_only=True, rename="kebab"):
 
 
 class Endpoint(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """Where the new side listens for MQTT. With `tls`, `ca_pem` is what its certificate is checked against."""
+    """Where the new side listens for MQTT. With `tls`, `ca_pem` is what its certificate is checked by."""
 
     host: str
     port: int

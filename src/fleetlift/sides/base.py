@@ -61,7 +61,7 @@ class SideCommand(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Side(Protocol):
-    """What the engine needs of a backend. Every call raises `Unavailable` when the backend does not answer."""
+    """What the engine needs of a backend. Each call raises `Unavailable` when the backend does not answer."""
 
     name: str
 
@@ -85,7 +85,7 @@ class Side(Protocol):
         ...
 
     def feed(self, after: str) -> AsyncIterator[tuple[str, Sequence[FeedItem]]]:
-        """All that the side receives after position `after` ("" is the beginning), in order, with new positions.
+        """All that the side receives after position `after` ("": from the beginning), with new positions.
 
         Ends or raises when the side is lost; the caller comes back with the position it has stored.
         """
