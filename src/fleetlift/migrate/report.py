@@ -1,0 +1,308 @@
+"""The report of a migration: one HTML file that needs no network, for people who were not there.
+
+`render` is pure: facts in, page out. `report_html` reads the facts from the engine's tables.
+"""
+
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
+from html import escape
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from fleetlift.core.migration import MemberState
+from fleetlift.core.timeline import TimelinePoint
+from fleetlift.migrate.plots import Mark, Series, bands, clock_label, lines, value_label
+
+
+class AuditLine(msgspec.Struct, frozen=True, kw_only=True):
+    at: float
+    actor: str
+    kind: str
+    text: str
+    evidence: dict[str, Any] = {}
+
+
+class PathTotal(msgspec.Struct, frozen=True, kw_only=True):
+    """What came by one path: copies received, distinct messages, copies that the same path brought again."""
+
+    path: str
+    received: int
+    distinct: int
+    doubles: int
+
+
+class LedgerLine(msgspec.Struct, frozen=True, kw_only=True):
+    """One device's account over its channels. `missing`: seqs inside its ranges that no path brought."""
+
+    device: str
+    by_path: dict[str, int]
+    stored: int
+    missing: int
+    gaps: tuple[str, ...] = ()
+
+
+class MemberLine(msgspec.Struct, frozen=True, kw_only=True):
+    device: str
+    state: str
+    rung: int
+    reason: str
+    attributes: dict[str, Any] = {}
+
+
+class Figure(msgspec.Struct, frozen=True, kw_only=True):
+    """One figure of the verdict; `good` False is shown as a fault, None as plain information."""
+
+    label: str
+    value: str
+    good: bool | None = None
+
+
+class ReportData(msgspec.Struct, frozen=True, kw_only=True):
+    name: str
+    tenant: str
+    phase: str
+    reason: str
+    plan: str
+    plan_version: int
+    started_at: float
+    ended_at: float
+    points: Sequence[tuple[float, TimelinePoint]]
+    audit: Sequence[AuditLine]
+    totals: Sequence[PathTotal]
+    ledger: Sequence[LedgerLine]
+    members: Sequence[MemberLine]
+    figures: Sequence[Figure] = ()
+    rungs: Sequence[str] = ()  # names of the ladder's rungs, index 0 is "old side"
+    old_path: str = "old"
+
+
+MARK_KINDS: Mapping[str, str] = {
+    "wave_opened": "step",
+    "gate_breached": "breach",
+    "breach": "breach",
+    "wave_returned": "breach",
+    "wave_returning": "breach",
+    "finished": "done",
+    "migration_finished": "done",
+}
+
+
+def render(data: ReportData) -> str:
+    """The page. Deterministic: the same facts give the same bytes."""
+    span = max(data.ended_at - data.started_at, 1.0)
+    marks = _marks(data)
+    head, css, script = escape(data.name), _asset("report.css"), _asset("report.js")
+    sections = [
+        _verdict(data),
+        _section("Devices by side", _devices_plot(data, span, marks), _mark_legend(marks)),
+        _section("Messages a second, by side", _rate_plot(data, span, marks)),
+        _section(
+            "Command latency, old side against new",
+            _latency_plot(data, span, marks),
+            "Time from sending a command by a path to the device's answer on that path, over the last 30 s.",
+        ),
+        _section(
+            "Gates", _gate_plots(data, span, marks), "Each gate's measured value over time, with its limit."
+        ),
+        _section("Devices that did not go all the way", _stayed(data)),
+        _section("Ledger", _ledger(data)),
+        _section(
+            "Audit log", _audit(data), f"{len(data.audit)} decisions, each with the figures that led to it."
+        ),
+        _section(f"Plan (version {data.plan_version})", f"<pre>{escape(data.plan)}</pre>"),
+    ]
+    return (
+        f'<!doctype html><html lang="en"><head><meta charset="utf-8">'
+        f'<meta name="viewport" content="width=device-width,initial-scale=1">'
+        f"<title>{head}: migration report</title><style>{css}</style></head><body><main>"
+        f"{_header(data)}{''.join(sections)}"
+        f"<footer>Made by Fleetlift from the engine's own records.</footer></main>"
+        f'<div id="tip" hidden></div><script>{script}</script></body></html>'
+    )
+
+
+def _asset(name: str) -> str:
+    return (Path(__file__).parent / name).read_text(encoding="utf-8")
+
+
+def _section(title: str, body: str, note: str = "") -> str:
+    note_html = f'<p class="note">{note}</p>' if note else ""
+    return f"<section><h2>{escape(title)}</h2>{note_html}{body}</section>"
+
+
+def _when(at: float) -> str:
+    return datetime.fromtimestamp(at, UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
+
+
+def _header(data: ReportData) -> str:
+    lasted = clock_label(data.ended_at - data.started_at)
+    reason = f'<p class="reason">{escape(data.reason)}</p>' if data.reason else ""
+    return (
+        f'<header><p class="kicker">Migration report · tenant {escape(data.tenant)}</p>'
+        f'<h1>{escape(data.name)} <span class="phase {escape(data.phase)}">{escape(data.phase)}</span></h1>'
+        f"{reason}"
+        f'<p class="note">{_when(data.started_at)} to {_when(data.ended_at)} · lasted {lasted}</p></header>'
+    )
+
+
+def _verdict(data: ReportData) -> str:
+    tiles = []
+    for figure in data.figures:
+        sign = {True: "✓", False: "✗", None: ""}[figure.good]
+        css = {True: "good", False: "bad", None: ""}[figure.good]
+        tiles.append(
+            f'<div class="tile {css}"><b>{escape(figure.value)}</b>'
+            f"<span>{sign} {escape(figure.label)}</span></div>"
+        )
+    return f'<section class="tiles">{"".join(tiles)}</section>' if tiles else ""
+
+
+def _marks(data: ReportData) -> list[Mark]:
+    return [
+        Mark(at=line.at - data.started_at, label=line.text, kind=MARK_KINDS[line.kind])
+        for line in data.audit
+        if line.kind in MARK_KINDS
+    ]
+
+
+def _mark_legend(marks: Sequence[Mark]) -> str:
+    kinds = {mark.kind for mark in marks}
+    names = {"step": "a wave opened", "breach": "a gate was breached, a wave went back", "done": "finished"}
+    shown = [f'<span class="key {k}"></span> {v}' for k, v in names.items() if k in kinds]
+    return "Vertical lines: " + " · ".join(shown) if shown else ""
+
+
+def _times(data: ReportData) -> list[tuple[float, TimelinePoint]]:
+    """Points at seconds since the start, thinned so that a plot has at most some hundreds of them."""
+    every = max(1, len(data.points) // 600)
+    kept = [p for i, p in enumerate(data.points) if i % every == 0 or i == len(data.points) - 1]
+    return [(at - data.started_at, point) for at, point in kept]
+
+
+def _devices_plot(data: ReportData, span: float, marks: Sequence[Mark]) -> str:
+    times = _times(data)
+    series = [
+        Series(name="new", role="new", points=[(t, float(p.devices_new)) for t, p in times]),
+        Series(name="both", role="both", points=[(t, float(p.devices_both)) for t, p in times]),
+        Series(name="old", role="old", points=[(t, float(p.devices_old)) for t, p in times]),
+    ]
+    return bands(series, title="Devices by side over time", span=span, unit="", marks=marks, height=240)
+
+
+def _rate_plot(data: ReportData, span: float, marks: Sequence[Mark]) -> str:
+    times = _times(data)
+    series = [
+        Series(name="old side", role="old", points=[(t, p.rate_old) for t, p in times]),
+        Series(name="new side", role="new", points=[(t, p.rate_new) for t, p in times]),
+    ]
+    return lines(series, title="Messages a second by side", span=span, unit="/s", marks=marks)
+
+
+def _latency_plot(data: ReportData, span: float, marks: Sequence[Mark]) -> str:
+    times = _times(data)
+    series = [
+        Series(name="old p95", role="old", points=[(t, p.latency_old_p95) for t, p in times]),
+        Series(name="old p50", role="old thin", points=[(t, p.latency_old_p50) for t, p in times]),
+        Series(name="new p95", role="new", points=[(t, p.latency_new_p95) for t, p in times]),
+        Series(name="new p50", role="new thin", points=[(t, p.latency_new_p50) for t, p in times]),
+    ]
+    return lines(series, title="Command latency by side", span=span, unit="s", marks=marks)
+
+
+def _gate_plots(data: ReportData, span: float, marks: Sequence[Mark]) -> str:
+    times = _times(data)
+    texts: dict[str, str] = {}
+    for _, point in times:
+        for gate in point.gates:
+            texts.setdefault(gate.gate, gate.unit)
+    if not texts:
+        return "<p>No gate was measured.</p>"
+    figures = []
+    for text, unit in texts.items():
+        found = [(t, next((g for g in p.gates if g.gate == text), None)) for t, p in times]
+        value = Series(name="measured", role="new", points=[(t, g.value if g else None) for t, g in found])
+        limit = Series(name="limit", points=[(t, g.limit if g else None) for t, g in found])
+        breaches = sum(1 for _, g in found if g and g.verdict == "revert")
+        sign = f'<span class="bad">✗ breached in {breaches} rounds</span>' if breaches else "✓ held"
+        plot = lines(
+            [value],
+            title=text,
+            span=span,
+            unit=unit,
+            height=150,
+            limit=limit,
+            marks=marks,
+            from_zero=unit != "share",
+        )
+        figures.append(f"<figure><figcaption><code>{escape(text)}</code> {sign}</figcaption>{plot}</figure>")
+    return "".join(figures)
+
+
+def _stayed(data: ReportData) -> str:
+    top = len(data.rungs) - 1
+    rest = [m for m in data.members if m.rung < top or m.state != MemberState.MOVED.value]
+    if not rest:
+        return "<p>None: every device of the plan is on the new side.</p>"
+    rows = []
+    for m in rest:
+        stands = data.rungs[m.rung] if m.rung < len(data.rungs) else str(m.rung)
+        about = ", ".join(f"{k} {v}" for k, v in sorted(m.attributes.items()))
+        cells = (m.device, m.state, stands, m.reason, about)
+        rows.append("<tr>" + "".join(f"<td>{escape(str(c))}</td>" for c in cells) + "</tr>")
+    return _table(("device", "state", "stands at", "why", "attributes"), rows)
+
+
+def _ledger(data: ReportData) -> str:
+    paths = [t.path for t in data.totals]
+    total_rows = [
+        f"<tr><td>{escape(t.path)}</td><td class=n>{t.received:,}</td><td class=n>{t.distinct:,}</td>"
+        f"<td class=n>{t.doubles:,}</td></tr>"
+        for t in data.totals
+    ]
+    totals = _table(
+        ("path", "copies received", "distinct messages", "came again by the same path"), total_rows
+    )
+    rows = []
+    for line in data.ledger:
+        cells = "".join(f"<td class=n>{line.by_path.get(p, 0):,}</td>" for p in paths)
+        gap = f' <span class="bad">✗ {escape(", ".join(line.gaps))}</span>' if line.gaps else " ✓"
+        rows.append(
+            f"<tr><td>{escape(line.device)}</td>{cells}<td class=n>{line.stored:,}</td>"
+            f"<td class=n>{line.missing:,}{gap}</td></tr>"
+        )
+    detail = _table(("device", *(f"by {p}" for p in paths), "stored", "missing"), rows, figures_from=1)
+    return f"{totals}<details><summary>{len(rows)} devices</summary>{detail}</details>"
+
+
+def _audit(data: ReportData) -> str:
+    rows = []
+    for line in data.audit:
+        evidence = (
+            msgspec.json.format(msgspec.json.encode(line.evidence), indent=2).decode()
+            if line.evidence
+            else ""
+        )
+        shown = (
+            f"<details><summary>figures</summary><pre>{escape(evidence)}</pre></details>" if evidence else ""
+        )
+        css = MARK_KINDS.get(line.kind, "")
+        rows.append(
+            f'<tr class="{css}"><td class=n>{clock_label(line.at - data.started_at)}</td>'
+            f"<td>{escape(line.actor)}</td><td><code>{escape(line.kind)}</code></td>"
+            f"<td>{escape(line.text)}{shown}</td></tr>"
+        )
+    return _table(("at", "who", "what", "in words"), rows)
+
+
+def _table(heads: Sequence[str], rows: Sequence[str], *, figures_from: int | None = None) -> str:
+    """A table of ready-made rows; from column `figures_from` on the heads stand over figures."""
+    right = len(heads) if figures_from is None else figures_from
+    head = "".join(f"<th{' class=n' if i >= right else ''}>{escape(h)}</th>" for i, h in enumerate(heads))
+    body = "".join(rows)
+    return f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+
+
+def duration_figure(seconds: float | None) -> str:
+    return "not measured" if seconds is None else value_label(seconds, "s")
