@@ -7,6 +7,7 @@ CREATE TABLE engine.migration (
     tenant        text NOT NULL,
     plan          text NOT NULL,                   -- the plan file as given
     plan_version  integer NOT NULL DEFAULT 1,
+    version       bigint NOT NULL DEFAULT 0,       -- grows with each commit: of two controllers one is turned away
     phase         text NOT NULL,
     state         jsonb NOT NULL,                  -- MigrationState without its members
     gates         jsonb NOT NULL DEFAULT '[]',     -- the last verdicts

@@ -1,0 +1,124 @@
+"""The flag lever: devices are moved by a flag in their firmware, told by both sides.
+
+An order goes out by the old side and by the new one. Whichever reaches the device first counts; the other
+copy has the same epoch and changes nothing. A side that is down loses no order: it is given again until
+the device reports its epoch.
+"""
+
+import asyncio
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from typing import Protocol, TypeVar
+
+import msgspec
+
+from fleetlift.core.errors import FleetError
+from fleetlift.core.migration import DeviceObservation, FleetDevice
+from fleetlift.core.orders import DevicePhase, DeviceReport, Orders
+from fleetlift.sides.base import Side
+
+T = TypeVar("T")
+
+
+class NewSide(Side, Protocol):
+    """The new side also shows the evidence that a move counts by."""
+
+    async def observe(self, devices: Sequence[str]) -> Mapping[str, DeviceObservation]:
+        """Connection, report and newest telemetry of each device, as this side has seen them."""
+        ...
+
+
+class OldSide(Protocol):
+    """The old side as its feed keeps it up to date, beside the side itself."""
+
+    @property
+    def up(self) -> bool: ...
+    @property
+    def fleet(self) -> Mapping[str, FleetDevice] | None: ...
+    @property
+    def reports(self) -> Mapping[str, DeviceReport]: ...
+
+
+class Moved(msgspec.Struct, frozen=True, kw_only=True):
+    """What became of handing out orders. `down`: sides that did not answer, with the reason."""
+
+    old_refused: Mapping[str, str] = {}
+    new_refused: Mapping[str, str] = {}
+    down: Mapping[str, str] = {}
+
+
+class Observed(msgspec.Struct, frozen=True, kw_only=True):
+    devices: Mapping[str, DeviceObservation]
+    fleet: tuple[FleetDevice, ...] | None
+    old_up: bool
+    new_up: bool
+    down: Mapping[str, str] = {}
+
+
+_PHASE_ORDER = {DevicePhase.TRYING: 0, DevicePhase.OLD: 1, DevicePhase.MOVED: 2, DevicePhase.WENT_BACK: 3}
+
+
+def newest(one: DeviceReport | None, other: DeviceReport | None) -> DeviceReport | None:
+    """The report that says more: of the newer epoch, else of the later phase of the same order.
+
+    A device that went back says so by the old link only; at the same epoch that is the later word.
+    """
+    if one is None or other is None:
+        return one if other is None else other
+    return max(one, other, key=lambda report: (report.epoch, _PHASE_ORDER[report.phase]))
+
+
+class FlagLever:
+    """Tell devices by both sides and merge what both sides know of them."""
+
+    def __init__(self, old: Side, new: NewSide, *, timeout_s: float = 10.0) -> None:
+        self._old = old
+        self._new = new
+        self._timeout_s = timeout_s
+
+    async def move(self, orders: Mapping[str, Orders]) -> Moved:
+        """Hand the orders to both sides at once; one that is down is reported and does not hold up the other.
+
+        Safe to repeat: a side refuses an epoch older than the one it holds and takes the same one again.
+        """
+        if not orders:
+            return Moved()
+        (old, old_error), (new, new_error) = await asyncio.gather(
+            self._tolerant(lambda: self._old.deliver(orders), {}),
+            self._tolerant(lambda: self._new.deliver(orders), {}),
+        )
+        down = {name: why for name, why in (("old", old_error), ("new", new_error)) if why}
+        return Moved(old_refused=old, new_refused=new, down=down)
+
+    async def observe(self, devices: Sequence[str], old: OldSide) -> Observed:
+        """What both sides know of `devices` now. A side that is down leaves its half empty."""
+        seen, new_error = await self._tolerant(lambda: self._new.observe(devices), {})
+        fleet = old.fleet
+        merged: dict[str, DeviceObservation] = {}
+        nothing = DeviceObservation()
+        for device in devices:
+            by_new = seen.get(device, nothing)
+            there = fleet.get(device) if fleet is not None else None
+            merged[device] = msgspec.structs.replace(
+                by_new,
+                connected_old=bool(there is not None and there.connected and old.up),
+                report=newest(old.reports.get(device), by_new.report_by_new),
+            )
+        return Observed(
+            devices=merged,
+            fleet=None if fleet is None or not old.up else tuple(fleet.values()),
+            old_up=old.up,
+            new_up=not new_error,
+            down={"new": new_error} if new_error else {},
+        )
+
+    async def _tolerant(
+        self, call: Callable[[], Awaitable[Mapping[str, T]]], otherwise: Mapping[str, T]
+    ) -> tuple[Mapping[str, T], str]:
+        """The call's answer and "", or `otherwise` and why the side did not answer."""
+        try:
+            async with asyncio.timeout(self._timeout_s):
+                return await call(), ""
+        except TimeoutError:
+            return otherwise, f"no answer within {self._timeout_s:g} s"
+        except (FleetError, OSError) as error:
+            return otherwise, str(error) or type(error).__name__

@@ -1,0 +1,448 @@
+"""Queries of schema `engine`: migrations, their members, audit, requests and samples.
+
+Every function takes a connection to the engine's database and leaves transactions to its caller, except
+`create` and `commit`, which are one transaction each. JSON travels as text, so no codec is needed.
+"""
+
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
+from typing import Any
+
+import asyncpg
+import msgspec
+
+from fleetlift.core.errors import Conflict, NotFound
+from fleetlift.core.migration import (
+    AuditEntry,
+    GateResult,
+    Member,
+    MemberState,
+    MigrationState,
+    Phase,
+    Request,
+    RequestKind,
+)
+from fleetlift.core.timeline import TimelinePoint
+
+Conn = asyncpg.Connection[Any] | asyncpg.pool.PoolConnectionProxy[Any]
+
+# Told by NOTIFY when a person asked for something; the controller need not wait for its next round.
+REQUEST_CHANNEL = "engine_request"
+
+
+class StoredMigration(msgspec.Struct, frozen=True, kw_only=True):
+    """One row of `engine.migration`. `state.members` is empty unless `load` read them.
+
+    `version` is the optimistic guard that `commit` wants back.
+    """
+
+    name: str
+    tenant: str
+    plan: str
+    plan_version: int
+    version: int
+    created_by: str
+    created_at: float
+    updated_at: float
+    state: MigrationState
+    gates: tuple[GateResult, ...] = ()
+
+
+class AuditRow(msgspec.Struct, frozen=True, kw_only=True):
+    """One line of the audit log with its place (`id` is the cursor) and moment (Unix seconds)."""
+
+    id: int
+    at: float
+    actor: str
+    kind: str
+    text: str
+    evidence: dict[str, Any] = {}
+
+
+def _time(at: float | None) -> datetime | None:
+    return None if at is None else datetime.fromtimestamp(at, UTC)
+
+
+def _unix(at: datetime | None) -> float | None:
+    return None if at is None else at.timestamp()
+
+
+def _json(value: object) -> str:
+    return msgspec.json.encode(value).decode()
+
+
+_HEAD = (
+    "SELECT name, tenant, plan, plan_version, version, created_by, created_at, updated_at, "
+    "state::text AS state, gates::text AS gates FROM engine.migration"
+)
+
+
+def _stored(row: asyncpg.Record) -> StoredMigration:
+    return StoredMigration(
+        name=row["name"],
+        tenant=row["tenant"],
+        plan=row["plan"],
+        plan_version=row["plan_version"],
+        version=row["version"],
+        created_by=row["created_by"],
+        created_at=row["created_at"].timestamp(),
+        updated_at=row["updated_at"].timestamp(),
+        state=msgspec.json.decode(row["state"], type=MigrationState),
+        gates=msgspec.json.decode(row["gates"], type=tuple[GateResult, ...]),
+    )
+
+
+def _member(row: asyncpg.Record) -> Member:
+    return Member(
+        device=row["device"],
+        rank=row["rank"],
+        rung=row["rung"],
+        epoch=row["epoch"],
+        state=MemberState(row["state"]),
+        reason=row["reason"],
+        told_at=_unix(row["told_at"]),
+        moved_at=_unix(row["moved_at"]),
+        wave=row["wave"],
+    )
+
+
+async def create(
+    conn: Conn,
+    *,
+    tenant: str,
+    plan: str,
+    state: MigrationState,
+    audit: Sequence[AuditEntry],
+    created_by: str,
+    now: float,
+) -> None:
+    """Store a new migration with its members, in one transaction. Conflict when the name is taken."""
+    async with conn.transaction():
+        made = await conn.fetchval(
+            "INSERT INTO engine.migration "
+            "(name, tenant, plan, phase, state, created_by, created_at, updated_at)"
+            " VALUES ($1, $2, $3, $4, $5::text::jsonb, $6, $7, $7) ON CONFLICT (name) DO NOTHING RETURNING 1",
+            state.name,
+            tenant,
+            plan,
+            state.phase.value,
+            _json(msgspec.structs.replace(state, members={})),
+            created_by,
+            _time(now),
+        )
+        if made is None:
+            raise Conflict(
+                f"a migration named {state.name!r} exists already: choose another name in the plan"
+            )
+        await conn.copy_records_to_table(
+            "member",
+            schema_name="engine",
+            columns=[
+                "migration",
+                "device",
+                "rank",
+                "rung",
+                "epoch",
+                "state",
+                "reason",
+                "wave",
+                "told_at",
+                "moved_at",
+            ],
+            records=[
+                (
+                    state.name,
+                    m.device,
+                    m.rank,
+                    m.rung,
+                    m.epoch,
+                    m.state.value,
+                    m.reason,
+                    m.wave,
+                    _time(m.told_at),
+                    _time(m.moved_at),
+                )
+                for m in state.members.values()
+            ],
+        )
+        await _add_audit(conn, state.name, audit, now)
+
+
+async def head(conn: Conn, name: str) -> StoredMigration:
+    """The migration without its members. NotFound when there is none of that name."""
+    row = await conn.fetchrow(f"{_HEAD} WHERE name = $1", name)
+    if row is None:
+        raise NotFound(f"no migration named {name!r}: `fleetlift migrate list` shows those there are")
+    return _stored(row)
+
+
+async def load(conn: Conn, name: str) -> StoredMigration:
+    """The migration with its members, as one consistent snapshot. NotFound when there is none."""
+    async with conn.transaction(isolation="repeatable_read", readonly=True):
+        stored = await head(conn, name)
+        rows = await conn.fetch("SELECT * FROM engine.member WHERE migration = $1 ORDER BY rank", name)
+    members = {row["device"]: _member(row) for row in rows}
+    return msgspec.structs.replace(stored, state=msgspec.structs.replace(stored.state, members=members))
+
+
+async def listed(
+    conn: Conn, *, tenant: str | None = None, after: str = "", limit: int = 100
+) -> list[StoredMigration]:
+    """Migrations by name after `after`, without members; `tenant` None: every tenant's."""
+    rows = await conn.fetch(
+        f"{_HEAD} WHERE name > $1 AND ($2::text IS NULL OR tenant = $2) ORDER BY name LIMIT $3",
+        after,
+        tenant,
+        limit,
+    )
+    return [_stored(row) for row in rows]
+
+
+async def unreleased(conn: Conn) -> dict[str, int]:
+    """Names and plan versions of the migrations that the controller still looks after."""
+    rows = await conn.fetch(
+        "SELECT name, plan_version FROM engine.migration WHERE phase <> $1 ORDER BY created_at",
+        Phase.RELEASED.value,
+    )
+    return {row["name"]: row["plan_version"] for row in rows}
+
+
+async def commit(
+    conn: Conn,
+    before: StoredMigration,
+    after: MigrationState,
+    *,
+    audit: Sequence[AuditEntry] = (),
+    answered: Sequence[int] = (),
+    gates: Sequence[GateResult] = (),
+    plan: str | None = None,
+    now: float,
+) -> StoredMigration:
+    """Write one decision: state, changed members, audit and answered requests, all or nothing.
+
+    `before` is what the decision was made from; Conflict when somebody has committed since, and then nothing
+    is written. `plan` replaces the plan (an amendment). Returns what is stored now.
+    """
+    old_members = before.state.members
+    changed = [m for m in after.members.values() if old_members.get(m.device) != m]
+    gone = [device for device in old_members if device not in after.members]
+    async with conn.transaction():
+        row = await conn.fetchrow(
+            "UPDATE engine.migration SET state = $3::text::jsonb, phase = $4, gates = $5::text::jsonb, "
+            "updated_at = $6, version = version + 1, plan = coalesce($7, plan), "
+            "plan_version = plan_version + ($7 IS NOT NULL)::int "
+            "WHERE name = $1 AND version = $2 RETURNING version, plan, plan_version",
+            before.name,
+            before.version,
+            _json(msgspec.structs.replace(after, members={})),
+            after.phase.value,
+            _json(list(gates)),
+            _time(now),
+            plan,
+        )
+        if row is None:
+            raise Conflict(
+                f"migration {before.name!r} was changed by another controller meanwhile: read it again"
+            )
+        if changed:
+            await _put_members(conn, before.name, changed)
+        if gone:
+            await conn.execute(
+                "DELETE FROM engine.member WHERE migration = $1 AND device = ANY($2::text[])",
+                before.name,
+                gone,
+            )
+        if answered:
+            await conn.execute(
+                "UPDATE engine.request SET answered_at = $2 "
+                "WHERE id = ANY($1::bigint[]) AND answered_at IS NULL",
+                list(answered),
+                _time(now),
+            )
+        await _add_audit(conn, before.name, audit, now)
+    return msgspec.structs.replace(
+        before,
+        state=after,
+        gates=tuple(gates),
+        version=row["version"],
+        plan=row["plan"],
+        plan_version=row["plan_version"],
+        updated_at=now,
+    )
+
+
+async def _put_members(conn: Conn, name: str, members: Sequence[Member]) -> None:
+    await conn.execute(
+        "INSERT INTO engine.member "
+        "(migration, device, rank, rung, epoch, state, reason, wave, told_at, moved_at) "
+        "SELECT $1, * FROM unnest($2::text[], $3::int[], $4::int[], $5::bigint[], $6::text[], $7::text[], "
+        "$8::int[], $9::timestamptz[], $10::timestamptz[]) "
+        "ON CONFLICT (migration, device) DO UPDATE SET rank = excluded.rank, rung = excluded.rung, "
+        "epoch = excluded.epoch, state = excluded.state, reason = excluded.reason, wave = excluded.wave, "
+        "told_at = excluded.told_at, moved_at = excluded.moved_at",
+        name,
+        [m.device for m in members],
+        [m.rank for m in members],
+        [m.rung for m in members],
+        [m.epoch for m in members],
+        [m.state.value for m in members],
+        [m.reason for m in members],
+        [m.wave for m in members],
+        [_time(m.told_at) for m in members],
+        [_time(m.moved_at) for m in members],
+    )
+
+
+async def _add_audit(conn: Conn, name: str, audit: Sequence[AuditEntry], now: float) -> None:
+    if audit:
+        await conn.executemany(
+            "INSERT INTO engine.audit (migration, at, actor, kind, text, evidence) "
+            "VALUES ($1, $2, $3, $4, $5, $6::text::jsonb)",
+            [(name, _time(now), a.actor, a.kind, a.text, _json(a.evidence)) for a in audit],
+        )
+
+
+async def add_request(conn: Conn, name: str, kind: RequestKind, args: Mapping[str, Any], actor: str) -> int:
+    """Note what a person asks for; the controller answers it in its next round.
+
+    Returns the request's id. NotFound when there is no such migration.
+    """
+    async with conn.transaction():
+        found = await conn.fetchval(
+            "INSERT INTO engine.request (migration, kind, args, actor) "
+            "SELECT $1, $2, $3::text::jsonb, $4 WHERE EXISTS (SELECT FROM engine.migration WHERE name = $1) "
+            "RETURNING id",
+            name,
+            kind.value,
+            _json(dict(args)),
+            actor,
+        )
+        if found is None:
+            raise NotFound(f"no migration named {name!r}: `fleetlift migrate list` shows those there are")
+        await conn.execute("SELECT pg_notify($1, $2)", REQUEST_CHANNEL, name)
+    return int(found)
+
+
+async def open_requests(conn: Conn, name: str) -> tuple[Request, ...]:
+    """Requests not yet answered, in the order they were made."""
+    rows = await conn.fetch(
+        "SELECT id, kind, actor, at, args::text AS args FROM engine.request "
+        "WHERE migration = $1 AND answered_at IS NULL ORDER BY id LIMIT 1000",
+        name,
+    )
+    return tuple(
+        Request(
+            id=row["id"],
+            kind=RequestKind(row["kind"]),
+            actor=row["actor"],
+            at=row["at"].timestamp(),
+            args=msgspec.json.decode(row["args"]),
+        )
+        for row in rows
+    )
+
+
+async def is_answered(conn: Conn, request: int) -> bool:
+    """True once the controller has dealt with the request. NotFound for an id never given."""
+    row = await conn.fetchrow("SELECT answered_at FROM engine.request WHERE id = $1", request)
+    if row is None:
+        raise NotFound(f"no request {request}")
+    return row["answered_at"] is not None
+
+
+def _audit_row(row: asyncpg.Record) -> AuditRow:
+    return AuditRow(
+        id=row["id"],
+        at=row["at"].timestamp(),
+        actor=row["actor"],
+        kind=row["kind"],
+        text=row["text"],
+        evidence=msgspec.json.decode(row["evidence"]),
+    )
+
+
+async def audit_page(conn: Conn, name: str, *, after: int = 0, limit: int = 100) -> list[AuditRow]:
+    """Lines of the audit log after the line `after`, oldest first."""
+    rows = await conn.fetch(
+        "SELECT id, at, actor, kind, text, evidence::text AS evidence FROM engine.audit "
+        "WHERE migration = $1 AND id > $2 ORDER BY id LIMIT $3",
+        name,
+        after,
+        limit,
+    )
+    return [_audit_row(row) for row in rows]
+
+
+async def audit_last(conn: Conn, name: str, limit: int = 12) -> list[AuditRow]:
+    """The newest lines of the audit log, oldest of them first."""
+    rows = await conn.fetch(
+        "SELECT id, at, actor, kind, text, evidence::text AS evidence FROM engine.audit "
+        "WHERE migration = $1 ORDER BY id DESC LIMIT $2",
+        name,
+        limit,
+    )
+    return [_audit_row(row) for row in reversed(rows)]
+
+
+async def members_page(
+    conn: Conn,
+    name: str,
+    *,
+    states: Sequence[MemberState] = (),
+    after: int = -1,
+    limit: int = 100,
+) -> list[Member]:
+    """Members in their order, after rank `after`; `states` empty: all."""
+    rows = await conn.fetch(
+        "SELECT * FROM engine.member WHERE migration = $1 AND rank > $2 "
+        "AND ($3::text[] = '{}' OR state = ANY($3::text[])) ORDER BY rank LIMIT $4",
+        name,
+        after,
+        [s.value for s in states],
+        limit,
+    )
+    return [_member(row) for row in rows]
+
+
+async def member_counts(conn: Conn, name: str) -> list[tuple[int, int | None, str, int]]:
+    """How many members stand where: (rung, wave, state, devices)."""
+    rows = await conn.fetch(
+        "SELECT rung, wave, state, count(*) AS n FROM engine.member WHERE migration = $1 GROUP BY 1, 2, 3",
+        name,
+    )
+    return [(row["rung"], row["wave"], row["state"], row["n"]) for row in rows]
+
+
+async def highest_epoch(conn: Conn) -> int:
+    """The newest epoch that any migration has used; 0 when there is none."""
+    return int(
+        await conn.fetchval(
+            "SELECT greatest((SELECT coalesce(max(epoch), 0) FROM engine.member), "
+            "(SELECT coalesce(max((state->>'epoch')::bigint), 0) FROM engine.migration))"
+        )
+    )
+
+
+async def add_sample(conn: Conn, name: str, at: float, point: TimelinePoint) -> None:
+    await conn.execute(
+        "INSERT INTO engine.sample (migration, at, data) VALUES ($1, $2, $3::text::jsonb) "
+        "ON CONFLICT (migration, at) DO NOTHING",
+        name,
+        _time(at),
+        _json(point),
+    )
+
+
+async def samples(
+    conn: Conn, name: str, *, since: float = 0.0, limit: int = 100_000
+) -> list[tuple[float, TimelinePoint]]:
+    """The timeline's points after `since`, oldest first."""
+    rows = await conn.fetch(
+        "SELECT at, data::text AS data FROM engine.sample WHERE migration = $1 AND at > $2 "
+        "ORDER BY at LIMIT $3",
+        name,
+        _time(since),
+        limit,
+    )
+    decode = msgspec.json.Decoder(TimelinePoint).decode
+    return [(row["at"].timestamp(), decode(row["data"])) for row in rows]
