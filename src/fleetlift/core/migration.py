@@ -57,6 +57,7 @@ class Member(msgspec.Struct, frozen=True, kw_only=True):
     told_at: float | None = None
     moved_at: float | None = None  # when the evidence for `rung` was seen
     wave: int | None = None  # index of the wave that raised it to `rung`
+    came_from: int = 0  # the rung it stood on before that wave: where a breach takes it back to
 
 
 class MigrationState(msgspec.Struct, frozen=True, kw_only=True):
@@ -72,6 +73,10 @@ class MigrationState(msgspec.Struct, frozen=True, kw_only=True):
     epoch: int = 0
     reason: str = ""
     reverts: int = 0
+    measured_from: float | None = None  # gates are measured over [this, now]; set as a wave opens or resumes
+    told_again_at: float | None = None  # when orders not yet obeyed were last repeated
+    retried_at: float | None = None  # when devices that went back were last tried again
+    kept_back: tuple[str, ...] = ()  # devices that a person sent back; excluded until resumed
     members: Mapping[str, Member] = {}
 
 
@@ -185,3 +190,4 @@ class GateResult(msgspec.Struct, frozen=True, kw_only=True):
     n: int = 0
     old: float | None = None
     evidence: dict[str, Any] = {}
+    missing: bool = False  # held for want of data; for longer than `no_data_after` that is a breach

@@ -27,6 +27,7 @@ CREATE TABLE engine.member (
     wave       integer,
     told_at    timestamptz,
     moved_at   timestamptz,
+    came_from  integer NOT NULL DEFAULT 0,
     PRIMARY KEY (migration, device)
 );
 

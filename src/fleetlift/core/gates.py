@@ -1,0 +1,369 @@
+"""Gates: the grammar they are written in, the table of metrics, and the verdict on a measurement.
+
+    telemetry.completeness >= 99.99%
+    telemetry.delay.p99 <= 1.2 x old              a ratio to the old side, measured in the same window
+    commands.latency.p95 <= 1.2 x old or 250ms    whichever of the two asks less
+    {sql: "SELECT …", must: "<= 5"}
+    {prometheus: "http://127.0.0.1:9090", query: "…", must: ">= 0.99"}
+
+A sample's `value` is in the metric's unit: percent (0 to 100), seconds, or a count. `n` is the size of
+what it was computed from, `old` and `old_n` the same for the old side. `evidence["summary"]` is the phrase
+that follows the figures in a verdict's reason ("412 of 15,310 missing, 6 devices").
+"""
+
+import difflib
+import math
+import re
+from collections.abc import Mapping
+from enum import StrEnum
+from types import MappingProxyType
+from typing import Final
+
+import msgspec
+
+from fleetlift.core.errors import BadInput
+from fleetlift.core.migration import GateResult, Sample, Verdict
+from fleetlift.core.units import Quantity, format_count, format_quantity, parse_quantity
+
+
+class Better(StrEnum):
+    HIGHER = "higher"
+    LOWER = "lower"
+
+
+class Metric(msgspec.Struct, frozen=True, kw_only=True):
+    """What a gate can ask about. `at_least`: the n below which there is no verdict."""
+
+    name: str
+    meaning: str
+    unit: str  # "%", "s" or "" (a count)
+    better: Better
+    at_least: int
+    counted: str  # what n counts
+    has_old: bool = False  # can be compared with the old side
+
+
+def _metrics(*rows: tuple[str, str, Better, int, str, bool, str]) -> Mapping[str, Metric]:
+    return MappingProxyType(
+        {
+            name: Metric(
+                name=name, unit=unit, better=better, at_least=n, counted=counted, has_old=old, meaning=meaning
+            )
+            for name, unit, better, n, counted, old, meaning in rows
+        }
+    )
+
+
+_UP, _DOWN = Better.HIGHER, Better.LOWER
+METRICS: Final = _metrics(
+    (
+        *("telemetry.completeness", "%", _UP, 10, "messages", False),
+        "of the messages a moved device has numbered, the share that the new side has stored",
+    ),
+    (
+        *("telemetry.delay.p50", "s", _DOWN, 20, "messages", True),
+        "half of the messages came sooner after the time they carry than this",
+    ),
+    ("telemetry.delay.p95", "s", _DOWN, 20, "messages", True, "the same for 95 of 100 messages"),
+    ("telemetry.delay.p99", "s", _DOWN, 20, "messages", True, "the same for 99 of 100 messages"),
+    (
+        *("devices.silent", "", _DOWN, 1, "moved devices", False),
+        "moved devices that the new side has not heard from for longer than `silent_after`",
+    ),
+    (
+        *("devices.failed", "", _DOWN, 1, "told devices", False),
+        "devices of the wave that went back by themselves, or stayed though they are connected",
+    ),
+    (
+        *("commands.agreement", "%", _UP, 5, "commands", False),
+        "of the commands sent by both paths, the share that both paths answered alike",
+    ),
+    (
+        *("commands.success", "%", _UP, 5, "commands", True),
+        "of the commands that ended, the share that did what was asked",
+    ),
+    (
+        *("commands.latency.p50", "s", _DOWN, 5, "commands", True),
+        "half of the commands were answered sooner than this",
+    ),
+    ("commands.latency.p95", "s", _DOWN, 5, "commands", True, "the same for 95 of 100 commands"),
+    ("commands.latency.p99", "s", _DOWN, 20, "commands", True, "the same for 99 of 100 commands"),
+    (
+        *("commands.executed_twice", "", _DOWN, 1, "commands", False),
+        "commands that a device carried out more than once",
+    ),
+    (
+        *("connections.flapping", "", _DOWN, 1, "moved devices", False),
+        "moved devices that connected to the new side three times or more in five minutes",
+    ),
+    (
+        *("moves.success", "%", _UP, 1, "told devices", False),
+        "of the devices told to move that could be reached, the share that moved and stayed",
+    ),
+)
+
+
+class Source(StrEnum):
+    METRIC = "metric"
+    SQL = "sql"
+    PROMETHEUS = "prometheus"
+
+
+class Op(StrEnum):
+    LE = "<="
+    GE = ">="
+    LT = "<"
+    GT = ">"
+    EQ = "=="
+
+
+class Gate(msgspec.Struct, frozen=True, kw_only=True):
+    """One condition. `limit` is absolute, `ratio` times the old side's figure; with both the laxer holds.
+
+    `text` names the gate everywhere: on screen, in the audit log, as the key of its sample.
+    """
+
+    text: str
+    op: Op
+    metric: str = ""  # of METRICS; "" for a free query
+    source: Source = Source.METRIC
+    limit: float | None = None
+    ratio: float | None = None
+    unit: str = ""
+    at_least: int = 0
+    query: str = ""
+    url: str = ""  # of the Prometheus server
+
+    @property
+    def zero_tolerance(self) -> bool:
+        """True for a count of harm that must be nought: it is watched at every moment, whatever n is."""
+        metric = METRICS.get(self.metric)
+        return (
+            metric is not None
+            and metric.unit == ""
+            and self.limit == 0
+            and self.ratio is None
+            and self.op in (Op.EQ, Op.LE)
+        )
+
+
+EXPECTED: Final = (
+    "a gate such as 'telemetry.completeness >= 99.99%', 'commands.latency.p95 <= 1.2 x old or 250ms' "
+    "or 'commands.executed_twice == 0'"
+)
+_GATE = re.compile(r"\s*([A-Za-z][\w.\-]*)\s*(<=|>=|==|<|>|=|!=)\s*(.+?)\s*", re.ASCII | re.DOTALL)
+_MUST = re.compile(r"\s*(<=|>=|==|<|>|=|!=)\s*(.+?)\s*", re.ASCII | re.DOTALL)
+_RATIO = re.compile(r"([0-9]{1,6}(?:\.[0-9]{1,6})?)\s*(?:x|×|\*)\s*old", re.ASCII)
+_UNITS: Final = {"%": "a percentage such as 99.9%", "s": "a duration such as 250ms", "": "a plain number"}
+
+
+def parse_gate(text: str, *, at_least: int | None = None) -> Gate:
+    """The gate that `metric op limit` names. Raises BadInput with what was expected."""
+    if len(text) > 500 or not (match := _GATE.fullmatch(text)):
+        raise BadInput(f"{text[:120]!r} is not {EXPECTED}")
+    name, op_text, limit_text = match.groups()
+    if (metric := METRICS.get(name)) is None:
+        raise BadInput(f"{name!r} is not a metric{did_you_mean(name, METRICS)}; known: {', '.join(METRICS)}")
+    op = _op(op_text)
+    limit, ratio = _limits(limit_text, metric)
+    if ratio is not None and op is Op.EQ:
+        raise BadInput(f"{text.strip()!r}: a ratio to the old side needs <= or >=")
+    harm = {Better.LOWER: (Op.LE, Op.LT, Op.EQ), Better.HIGHER: (Op.GE, Op.GT, Op.EQ)}[metric.better]
+    if op not in harm:
+        raise BadInput(
+            f"{text.strip()!r} asks for the worse: "
+            f"{name} is better {metric.better}; use {harm[0]} or {harm[1]}"
+        )
+    if metric.unit == "%" and limit is not None and limit > 100:
+        raise BadInput(f"{text.strip()!r} can never hold: more than 100 %")
+    return Gate(
+        text=f"{name} {op} {_limit_text(limit, ratio, metric.unit)}",
+        op=op,
+        metric=name,
+        limit=limit,
+        ratio=ratio,
+        unit=metric.unit,
+        at_least=metric.at_least if at_least is None else at_least,
+    )
+
+
+def parse_query_gate(
+    source: Source, query: str, must: str, *, url: str = "", name: str = "", at_least: int = 0
+) -> Gate:
+    """A gate on what a query returns: one number, compared by `must` (`<= 5`). Raises BadInput."""
+    query = query.strip()
+    if not query:
+        raise BadInput(f"the {source} query is empty")
+    if not (match := _MUST.fullmatch(must)):
+        raise BadInput(f"{must!r} is not a comparison such as '<= 5', '== 0' or '>= 99%'")
+    op, quantity = _op(match[1]), parse_quantity(match[2])
+    label = name.strip() or f"{source}: {' '.join(query.split())}"
+    return Gate(
+        text=f"{label} {op} {_plain(quantity.value, quantity.unit)}",
+        op=op,
+        source=source,
+        limit=quantity.value,
+        unit=quantity.unit,
+        at_least=at_least,
+        query=query,
+        url=url,
+    )
+
+
+def did_you_mean(word: str, known: Mapping[str, object] | tuple[str, ...] | list[str]) -> str:
+    close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
+    return f" (did you mean {close[0]!r}?)" if close else ""
+
+
+def _op(text: str) -> Op:
+    if text == "=":
+        return Op.EQ
+    if text == "!=":
+        raise BadInput("'!=' is not a gate's comparison: use <=, >=, <, > or ==")
+    return Op(text)
+
+
+def _limits(text: str, metric: Metric) -> tuple[float | None, float | None]:
+    limit: float | None = None
+    ratio: float | None = None
+    for part in re.split(r"\s+or\s+", text):
+        if match := _RATIO.fullmatch(part):
+            if not metric.has_old:
+                raise BadInput(
+                    f"{metric.name} has no counterpart on the old side: give {_UNITS[metric.unit]}"
+                )
+            if ratio is not None:
+                raise BadInput(f"{text!r}: one ratio to the old side is enough")
+            ratio = float(match[1])
+            continue
+        quantity: Quantity = parse_quantity(part)
+        if limit is not None:
+            raise BadInput(f"{text!r}: one limit is enough")
+        if quantity.unit != metric.unit:
+            raise BadInput(f"{metric.name} is compared with {_UNITS[metric.unit]}, not with {part!r}")
+        limit = quantity.value
+    return limit, ratio
+
+
+def _limit_text(limit: float | None, ratio: float | None, unit: str) -> str:
+    parts = [] if ratio is None else [f"{ratio:g} x old"]
+    if limit is not None:
+        parts.append(_plain(limit, unit))
+    return " or ".join(parts)
+
+
+def _plain(value: float, unit: str) -> str:
+    number = f"{value:.9f}".rstrip("0").rstrip(".")
+    if unit == "s" and value < 1:
+        return f"{value * 1000:.6f}".rstrip("0").rstrip(".") + "ms"
+    return number + unit
+
+
+def judge(gate: Gate, sample: Sample | None) -> GateResult:
+    """The verdict on one measurement: advance, hold or revert, with one line of figures.
+
+    Missing data never advances: no sample, no value, a value that is not a number, an n below the gate's
+    minimum, no figure of the old side where the limit needs one. Such a result has `missing` set. A count
+    of harm with no tolerance reverts as soon as it is above nought, however small n is.
+    """
+    if sample is None or sample.value is None:
+        return _missing(gate, sample, "no data")
+    value = sample.value
+    if not math.isfinite(value):
+        return _missing(gate, sample, "the measurement is not a number")
+    if gate.zero_tolerance and value > 0:
+        return _result(gate, sample, Verdict.REVERT, 0.0)
+    if sample.n < gate.at_least:
+        return _missing(gate, sample, _too_few(gate, sample.n))
+    limit = gate.limit
+    if gate.ratio is not None:
+        old = sample.old
+        old_known = old is not None and math.isfinite(old) and sample.old_n >= max(gate.at_least, 1)
+        if old_known:
+            assert old is not None
+            limit = _laxer(gate.op, gate.ratio * old, gate.limit)
+        elif limit is None or not _holds(gate.op, value, limit):
+            return _missing(gate, sample, f"the old side has too little to compare with (n = {sample.old_n})")
+    assert limit is not None
+    verdict = Verdict.ADVANCE if _holds(gate.op, value, limit) else Verdict.REVERT
+    return _result(gate, sample, verdict, limit)
+
+
+def _too_few(gate: Gate, n: int) -> str:
+    metric = METRICS.get(gate.metric)
+    return f"{format_count(n)} {metric.counted if metric else 'rows'} are too few (at least {gate.at_least})"
+
+
+def _laxer(op: Op, relative: float, absolute: float | None) -> float:
+    if absolute is None:
+        return relative
+    return max(relative, absolute) if op in (Op.LE, Op.LT) else min(relative, absolute)
+
+
+def _holds(op: Op, value: float, limit: float) -> bool:
+    same = math.isclose(value, limit, rel_tol=1e-9, abs_tol=1e-12)
+    match op:
+        case Op.LE:
+            return value < limit or same
+        case Op.GE:
+            return value > limit or same
+        case Op.LT:
+            return value < limit and not same
+        case Op.GT:
+            return value > limit and not same
+        case Op.EQ:
+            return same
+
+
+_FAILS: Final = {Op.LE: ">", Op.GE: "<", Op.LT: ">=", Op.GT: "<=", Op.EQ: "!="}
+
+
+def _result(gate: Gate, sample: Sample, verdict: Verdict, limit: float) -> GateResult:
+    assert sample.value is not None
+    sign = str(gate.op) if verdict is Verdict.ADVANCE else _FAILS[gate.op]
+    name = gate.metric or gate.text.rsplit(f" {gate.op} ", 1)[0]
+    figures = f"{name} {_exact(sample.value, limit, gate.unit)} {sign} {format_quantity(limit, gate.unit)}"
+    notes = []
+    if gate.ratio is not None and sample.old is not None:
+        notes.append(f"{gate.ratio:g} x old {format_quantity(sample.old, gate.unit)}")
+    if summary := str(sample.evidence.get("summary", "")):
+        notes.append(summary)
+    elif sample.n:
+        notes.append(f"n = {format_count(sample.n)}")
+    return GateResult(
+        gate=gate.text,
+        verdict=verdict,
+        why=figures + (f" ({'; '.join(notes)})" if notes else ""),
+        value=sample.value,
+        limit=limit,
+        unit=gate.unit,
+        n=sample.n,
+        old=sample.old,
+        evidence=dict(sample.evidence),
+    )
+
+
+def _exact(value: float, limit: float, unit: str) -> str:
+    """`value` for a reason line, never rounded until it looks like the limit it has missed."""
+    text = format_quantity(value, unit)
+    if value != limit and text == format_quantity(limit, unit):
+        return f"{value:.9g}{' ' + unit if unit else ''}"
+    return text
+
+
+def _missing(gate: Gate, sample: Sample | None, what: str) -> GateResult:
+    sample = sample or Sample(value=None)
+    finite = sample.value is not None and math.isfinite(sample.value)
+    summary = str(sample.evidence.get("summary", ""))
+    return GateResult(
+        gate=gate.text,
+        verdict=Verdict.HOLD,
+        why=f"{gate.metric or gate.text}: {what}" + (f" ({summary})" if summary else ""),
+        value=sample.value if finite else None,
+        limit=gate.limit,
+        unit=gate.unit,
+        n=sample.n,
+        old=sample.old if sample.old is not None and math.isfinite(sample.old) else None,
+        evidence=dict(sample.evidence),
+        missing=True,
+    )
