@@ -103,6 +103,7 @@ def _member(row: asyncpg.Record) -> Member:
         told_at=_unix(row["told_at"]),
         moved_at=_unix(row["moved_at"]),
         wave=row["wave"],
+        came_from=row["came_from"],
     )
 
 
@@ -148,6 +149,7 @@ async def create(
                 "wave",
                 "told_at",
                 "moved_at",
+                "came_from",
             ],
             records=[
                 (
@@ -161,6 +163,7 @@ async def create(
                     m.wave,
                     _time(m.told_at),
                     _time(m.moved_at),
+                    m.came_from,
                 )
                 for m in state.members.values()
             ],
@@ -274,12 +277,13 @@ async def commit(
 async def _put_members(conn: Conn, name: str, members: Sequence[Member]) -> None:
     await conn.execute(
         "INSERT INTO engine.member "
-        "(migration, device, rank, rung, epoch, state, reason, wave, told_at, moved_at) "
+        "(migration, device, rank, rung, epoch, state, reason, wave, told_at, moved_at, came_from) "
         "SELECT $1, * FROM unnest($2::text[], $3::int[], $4::int[], $5::bigint[], $6::text[], $7::text[], "
-        "$8::int[], $9::timestamptz[], $10::timestamptz[]) "
+        "$8::int[], $9::timestamptz[], $10::timestamptz[], $11::int[]) "
         "ON CONFLICT (migration, device) DO UPDATE SET rank = excluded.rank, rung = excluded.rung, "
         "epoch = excluded.epoch, state = excluded.state, reason = excluded.reason, wave = excluded.wave, "
-        "told_at = excluded.told_at, moved_at = excluded.moved_at",
+        "told_at = excluded.told_at, moved_at = excluded.moved_at, "
+        "came_from = excluded.came_from",
         name,
         [m.device for m in members],
         [m.rank for m in members],
@@ -290,6 +294,7 @@ async def _put_members(conn: Conn, name: str, members: Sequence[Member]) -> None
         [m.wave for m in members],
         [_time(m.told_at) for m in members],
         [_time(m.moved_at) for m in members],
+        [m.came_from for m in members],
     )
 
 
