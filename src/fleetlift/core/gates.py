@@ -212,7 +212,7 @@ def parse_query_gate(
 
 def did_you_mean(word: str, known: Mapping[str, object] | tuple[str, ...] | list[str]) -> str:
     close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
-    return f" (did you mean {close[0]!r}?)" if close else ""
+    return f" (did you mean {str(close[0])!r}?)" if close else ""
 
 
 def _op(text: str) -> Op:

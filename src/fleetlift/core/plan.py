@@ -33,7 +33,7 @@ STAGES: Final[Mapping[Move, tuple[str, ...]]] = MappingProxyType(
         Move.LINK: ("new",),
     }
 )
-"""The stages a step may have, in their only order; a plan may leave some out, never the last."""
+"""The stages a step may have, in their only order; a plan may leave some out, or spread them over steps."""
 
 
 class Fleet(msgspec.Struct, frozen=True, kw_only=True):
