@@ -21,6 +21,7 @@ MAGIC = b"CL"
 VERSION = 1
 MAX_BODY_BYTES = 1 << 20  # of any frame
 MAX_TELEMETRY_BYTES = 256 * 1024  # of one telemetry body; a server refuses more
+MAX_DOCUMENT_BYTES = 64 * 1024  # of any other JSON: configurations, reports, params, details, attributes
 MAX_SEQ = (1 << 63) - 1  # what databases keep in a signed 64-bit column
 MAX_ACKS = 1000  # entries a sender puts into one TELEMETRY_ACK
 
@@ -333,6 +334,7 @@ class ErrorCode(StrEnum):
     OLDER_EPOCH = "older-epoch"
     BAD_REQUEST = "bad-request"
     UNAVAILABLE = "unavailable"  # the server could not store it: try again
+    POSITION_GONE = "position-gone"  # the feed cannot go on there without a gap
 
 
 class Error(msgspec.Struct, frozen=True):
@@ -594,7 +596,7 @@ class Decoder:
     """
 
     def __init__(self, *, max_body_bytes: int = MAX_BODY_BYTES) -> None:
-        self._max_body_bytes = max_body_bytes
+        self.max_body_bytes = max_body_bytes  # may be raised once the peer has signed in
         self._held = bytearray()
         self._fault: BadFrame | None = None
 
@@ -638,9 +640,9 @@ class Decoder:
             raise BadFrame(FrameFault.VERSION, f"version {version} is not spoken here, only {VERSION}")
         if flags & ~int(FrameFlag.MORE):
             raise BadFrame(FrameFault.FLAGS, f"flags {flags:#06x} are not known in version {VERSION}")
-        if length > self._max_body_bytes:
+        if length > self.max_body_bytes:
             raise BadFrame(
-                FrameFault.OVERSIZE, f"a body of {length} bytes: at most {self._max_body_bytes} are taken"
+                FrameFault.OVERSIZE, f"a body of {length} bytes: at most {self.max_body_bytes} are taken"
             )
         return HEADER_BYTES + int(length) + CHECKSUM_BYTES
 

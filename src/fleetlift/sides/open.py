@@ -1,0 +1,72 @@
+"""From what a plan file says of a side to the side itself."""
+
+import os
+from collections.abc import Callable, Mapping
+from importlib import import_module
+from importlib.metadata import entry_points
+from pathlib import Path
+
+from fleetlift.core.errors import BadInput
+from fleetlift.sides.base import Side
+
+ENTRY_POINTS = "fleetlift.sides"
+
+# Takes the target (what stands beside the kind in the plan) and the other entries of the mapping.
+Builder = Callable[[str, Mapping[str, str]], Side]
+
+
+def connect_side(spec: Mapping[str, str], *, builders: Mapping[str, Builder] | None = None) -> Side:
+    """The side that `spec` names, as in `{"legacy": "tcp://127.0.0.1:7700", "key_file": "..."}`.
+
+    Exactly one key is a kind of side; the others are its options. `builders` go before the built-in kinds
+    and those that installed packages register as entry points of the group `fleetlift.sides`. Does no
+    I/O beyond reading a key file. Raises BadInput.
+    """
+    kinds = {**_registered(), **_BUILT_IN, **(builders or {})}
+    named = [kind for kind in spec if kind in kinds]
+    if len(named) != 1:
+        raise BadInput(
+            f"a side is written as one of {', '.join(sorted(kinds))} with its address; this one has:"
+            f" {', '.join(spec) or 'nothing'}"
+        )
+    (kind,) = named
+    return kinds[kind](spec[kind], {name: value for name, value in spec.items() if name != kind})
+
+
+def legacy_key(options: Mapping[str, str]) -> str:
+    """The owner's key of a legacy server: from the file that `key_file` names, or FLEETLIFT_LEGACY_KEY."""
+    if path := options.get("key_file"):
+        try:
+            return Path(path).expanduser().read_text().strip()
+        except OSError as exc:
+            raise BadInput(f"key_file {path}: {exc.strerror}; name the legacy server's owner.key") from exc
+    if key := os.environ.get("FLEETLIFT_LEGACY_KEY"):
+        return key
+    raise BadInput(
+        "the legacy server's owner key is not known: set FLEETLIFT_LEGACY_KEY, or key_file in the plan"
+    )
+
+
+def _legacy(target: str, options: Mapping[str, str]) -> Side:
+    from fleetlift.sides.legacy.side import LegacySide
+
+    return LegacySide(target, legacy_key(options))
+
+
+def _fleetlift(target: str, options: Mapping[str, str]) -> Side:
+    # Imported when it is asked for: a plan between two other sides needs no backend of ours.
+    side: Side = import_module("fleetlift.sides.fleetlift").open_side(target, options)
+    return side
+
+
+_BUILT_IN: Mapping[str, Builder] = {"legacy": _legacy, "fleetlift": _fleetlift}
+
+
+def _registered() -> dict[str, Builder]:
+    """The kinds that installed packages bring, loaded when they are used."""
+
+    def lazily(name: str) -> Builder:
+        return lambda target, options: found[name].load()(target, options)
+
+    found = {point.name: point for point in entry_points(group=ENTRY_POINTS)}
+    return {name: lazily(name) for name in found}
