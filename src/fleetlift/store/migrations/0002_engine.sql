@@ -31,6 +31,15 @@ CREATE TABLE engine.member (
     PRIMARY KEY (migration, device)
 );
 
+-- Up to which seq the new side had each channel when a device was told to move: what it numbers later counts.
+CREATE TABLE engine.baseline (
+    migration  text NOT NULL REFERENCES engine.migration ON DELETE CASCADE,
+    device     text NOT NULL,
+    epoch      bigint NOT NULL,
+    seqs       jsonb NOT NULL,                     -- by channel
+    PRIMARY KEY (migration, device)
+);
+
 CREATE TABLE engine.audit (
     id         bigint GENERATED ALWAYS AS IDENTITY PRIMARY KEY,
     migration  text NOT NULL,

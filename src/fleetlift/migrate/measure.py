@@ -1,0 +1,757 @@
+"""Measurements for gates, by SQL from ledger, receipt windows, commands and presence.
+
+A measurement is of the open wave: the devices that it raised, since they have moved. What is still on its way
+(younger than the rung's grace or command timeout) counts neither for nor against. Every sample carries the
+evidence it was computed from; what cannot be measured has no value, and a gate never passes on that.
+"""
+
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from datetime import UTC, datetime
+from typing import Any
+
+import asyncpg
+import httpx
+import msgspec
+
+from fleetlift.core.command import uuid7
+from fleetlift.core.delays import quantile
+from fleetlift.core.gates import Gate, Source
+from fleetlift.core.migration import (
+    DeviceObservation,
+    Member,
+    MemberState,
+    MigrationState,
+    Sample,
+)
+from fleetlift.core.orders import (
+    PROBE_COMMAND,
+    TRY_CHANNEL,
+    CommandsFlag,
+    DevicePhase,
+    TelemetryFlag,
+)
+from fleetlift.core.plan import Rung
+from fleetlift.core.telemetry import MQTT_PATH
+from fleetlift.log import get_logger
+from fleetlift.store.engine import Conn
+
+log = get_logger(__name__)
+
+DELAY_SPAN_S = 600.0  # delays and comparisons look back at most so far: a long bake stays cheap to measure
+OLD_COMMANDS_SPAN_S = 3600.0
+FLAP_SPAN_S = 300.0
+FLAP_CONNECTS = 3
+QUERY_TIMEOUT_S = 3.0
+EXAMPLES = 10
+_QUANTILES = {"p50": 0.5, "p95": 0.95, "p99": 0.99}
+
+Top = dict[tuple[str, str], int]  # the highest seq known of each (device, channel)
+
+
+class Tops:
+    """The highest seq of each channel as it was a while ago: what may still be on its way is not missing."""
+
+    def __init__(self) -> None:
+        self._history: deque[tuple[float, Top]] = deque()
+
+    def add(self, at: float, top: Top, grace_s: float) -> None:
+        """Remember `top`. Keeps about five moments of the grace and the newest one that is older."""
+        if self._history and at - self._history[-1][0] < grace_s / 5:
+            return
+        self._history.append((at, top))
+        while len(self._history) > 1 and self._history[1][0] <= at - grace_s:
+            self._history.popleft()
+
+    def before(self, at: float) -> Top:
+        """The newest that was known at `at`; empty when nothing is remembered of then."""
+        known: Top = {}
+        for moment, top in self._history:
+            if moment > at:
+                break
+            known = top
+        return known
+
+
+class Wave(msgspec.Struct, frozen=True, kw_only=True):
+    """The open wave's devices: all that were told, and those of them that have moved."""
+
+    told: tuple[Member, ...]
+    moved: tuple[Member, ...]
+
+
+def open_wave(state: MigrationState) -> Wave:
+    """The members that the open wave has raised (or is raising)."""
+    told = tuple(
+        m
+        for m in state.members.values()
+        if m.rung == state.rung
+        and m.wave == state.wave
+        and m.epoch > 0
+        and m.state in (MemberState.MOVING, MemberState.MOVED, MemberState.STRAGGLER)
+    )
+    return Wave(told=told, moved=tuple(m for m in told if m.state is MemberState.MOVED))
+
+
+def _time(at: float) -> datetime:
+    return datetime.fromtimestamp(at, UTC)
+
+
+def _summary(text: str, **more: Any) -> dict[str, Any]:
+    return {"summary": text, **more}
+
+
+class Measurer:
+    """Measures one migration's gates. Holds only a short memory of sequence numbers."""
+
+    def __init__(
+        self,
+        name: str,
+        *,
+        backend: "asyncpg.Pool[Any]",
+        engine: "asyncpg.Pool[Any]",
+        old_path: str,
+        monotonic: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._name = name
+        self._backend = backend
+        self._engine = engine
+        self._old_path = old_path
+        self._monotonic = monotonic
+        self._tops = Tops()
+        self._baselines: dict[str, tuple[int, dict[str, int]]] = {}  # device: (epoch, top by channel)
+        self._moved_tops: dict[tuple[str, int], dict[str, int]] = {}  # (device, epoch): top by channel
+        self._cached: tuple[object, float, dict[str, Sample]] | None = None
+
+    # -- where the new side's account begins -------------------------------------------------------------
+
+    async def note_baselines(self, epochs: Mapping[str, int]) -> None:
+        """Keep, before devices are told, up to which seq the new side has each channel already.
+
+        A device that comes back to the new side has left numbers out there on purpose; only what it numbers
+        from now on counts. The first note of an epoch stays.
+        """
+        wanted = {d: e for d, e in epochs.items() if self._baselines.get(d, (-1,))[0] < e}
+        if not wanted:
+            return
+        async with self._engine.acquire() as conn:
+            rows = await conn.fetch(
+                "SELECT device, epoch, seqs::text AS seqs FROM engine.baseline "
+                "WHERE migration = $1 AND device = ANY($2::text[])",
+                self._name,
+                list(wanted),
+            )
+        for row in rows:
+            self._baselines[row["device"]] = (row["epoch"], msgspec.json.decode(row["seqs"]))
+        wanted = {d: e for d, e in wanted.items() if self._baselines.get(d, (-1,))[0] < e}
+        if not wanted:
+            return
+        seqs: dict[str, dict[str, int]] = {device: {} for device in wanted}
+        async with self._backend.acquire() as conn:
+            for row in await conn.fetch(
+                "SELECT device, channel, upper(ranges) - 1 AS top FROM ledger "
+                "WHERE path = $1 AND device = ANY($2::text[]) AND NOT isempty(ranges)",
+                MQTT_PATH,
+                list(wanted),
+            ):
+                seqs[row["device"]][row["channel"]] = row["top"]
+        async with self._engine.acquire() as conn:
+            await conn.execute(
+                "INSERT INTO engine.baseline AS b (migration, device, epoch, seqs) "
+                "SELECT $1, device, epoch, seqs::jsonb "
+                "FROM unnest($2::text[], $3::bigint[], $4::text[]) t(device, epoch, seqs) "
+                "ON CONFLICT (migration, device) DO UPDATE SET epoch = excluded.epoch, seqs = excluded.seqs "
+                "WHERE b.epoch < excluded.epoch",
+                self._name,
+                list(wanted),
+                list(wanted.values()),
+                [msgspec.json.encode(seqs[d]).decode() for d in wanted],
+            )
+        for device, epoch in wanted.items():
+            self._baselines[device] = (epoch, seqs[device])
+
+    # -- all gates of a rung -----------------------------------------------------------------------------
+
+    async def samples(
+        self,
+        gates: Iterable[Gate],
+        state: MigrationState,
+        rungs: Sequence[Rung],
+        observed: Mapping[str, DeviceObservation],
+        now: float,
+    ) -> dict[str, Sample]:
+        """One sample a gate, by the gate's text. What could not be measured has no value and says why.
+
+        The figures of a large fleet are reused until they are four times as old as they took to compute.
+        """
+        key = (state.rung, state.wave, state.wave_phase, state.measured_from, len(open_wave(state).moved))
+        if self._cached is not None and self._cached[0] == key and self._monotonic() < self._cached[1]:
+            return self._cached[2]
+        started = self._monotonic()
+        result = await self._samples(tuple(gates), state, rungs, observed, now)
+        took = self._monotonic() - started
+        self._cached = (key, started + (5 * took if took > 0.2 else 0.0), result)
+        return result
+
+    async def _samples(
+        self,
+        gates: Sequence[Gate],
+        state: MigrationState,
+        rungs: Sequence[Rung],
+        observed: Mapping[str, DeviceObservation],
+        now: float,
+    ) -> dict[str, Sample]:
+        wave = open_wave(state)
+        rung = rungs[min(state.rung, len(rungs) - 1)]
+        since = state.measured_from or state.wave_opened_at or now
+        metrics = {gate.metric for gate in gates if gate.source is Source.METRIC}
+        found: dict[str, Sample] = {}
+        found.update(moves(wave, observed))
+        found["devices.silent"] = silent(wave.moved, rung, observed, now)
+        groups: list[tuple[str, Callable[[Conn], Any]]] = [
+            ("telemetry.completeness", lambda c: self._completeness(c, wave, rung, now)),
+            ("telemetry.delay", lambda c: self._delays(c, wave, state, rungs, since, now)),
+            ("commands.", lambda c: self._commands(c, wave, state, rungs, rung, since, now)),
+            ("connections.", lambda c: self._flapping(c, wave, since, now)),
+        ]
+        for prefix, measure in groups:
+            wanted = [m for m in metrics if m.startswith(prefix)]
+            if not wanted:
+                continue
+            try:
+                async with self._backend.acquire() as conn:
+                    found.update(await measure(conn))
+            except (OSError, TimeoutError, asyncpg.PostgresError, asyncpg.InterfaceError) as error:
+                log.warning("measurement_failed", migration=self._name, metric=prefix, error=str(error))
+                for metric in wanted:
+                    found[metric] = Sample(
+                        value=None, evidence=_summary(f"not measured: {type(error).__name__}")
+                    )
+        samples: dict[str, Sample] = {}
+        for gate in gates:
+            match gate.source:
+                case Source.METRIC:
+                    samples[gate.text] = found.get(gate.metric, Sample(value=None))
+                case Source.SQL:
+                    samples[gate.text] = await self._sql(gate.query)
+                case Source.PROMETHEUS:
+                    samples[gate.text] = await prometheus(gate.url, gate.query)
+        return samples
+
+    # -- telemetry ---------------------------------------------------------------------------------------
+
+    async def _completeness(self, conn: Conn, wave: Wave, rung: Rung, now: float) -> dict[str, Sample]:
+        name = "telemetry.completeness"
+        if not wave.moved or rung.flags.telemetry is TelemetryFlag.OLD:
+            return {name: Sample(value=None, evidence=_summary("no device of the wave has moved"))}
+        await self.note_baselines({m.device: m.epoch for m in wave.moved})
+        top: Top = {}
+        settled: Top = {}
+        for row in await conn.fetch(
+            "SELECT device, channel, max(upper(ranges)) - 1 AS top, "
+            "extract(epoch FROM max(last_at))::float8 AS last_at FROM ledger "
+            "WHERE device = ANY($1::text[]) AND channel <> $2 AND path = ANY($3::text[]) "
+            "AND NOT isempty(ranges) GROUP BY device, channel",
+            [m.device for m in wave.moved],
+            TRY_CHANNEL,
+            [MQTT_PATH, self._old_path],
+        ):
+            key = (row["device"], row["channel"])
+            top[key] = row["top"]
+            if row["last_at"] <= now - rung.grace_s:
+                settled[key] = row["top"]
+        by_device: dict[str, dict[str, int]] = {}
+        for (device, channel), seq in top.items():
+            by_device.setdefault(device, {})[channel] = seq
+        epochs = {m.device: m.epoch for m in wave.moved}
+        for device, epoch in epochs.items():
+            self._moved_tops.setdefault((device, epoch), by_device.get(device, {}))
+        self._tops.add(now, top, rung.grace_s)
+        upto = {**self._tops.before(now - rung.grace_s), **settled}
+        keys = [key for key in upto if key[0] in epochs]
+        rows = await conn.fetch(
+            _MISSING_SQL,
+            [device for device, _ in keys],
+            [channel for _, channel in keys],
+            [self._baselines.get(device, (0, {}))[1].get(channel) for device, channel in keys],
+            [self._moved_tops[device, epochs[device]].get(channel, -1) for device, channel in keys],
+            [upto[key] for key in keys],
+            MQTT_PATH,
+            EXAMPLES,
+        )
+        if not rows:
+            return {name: Sample(value=None, evidence=_summary("no numbered message is old enough to judge"))}
+        expected, missing, devices = rows[0]["all_expected"], rows[0]["all_missing"], rows[0]["all_devices"]
+        noun = "device" if devices == 1 else "devices"
+        return {
+            name: Sample(
+                value=100.0 * (expected - missing) / expected,
+                n=expected,
+                evidence=_summary(
+                    f"{missing:,} of {expected:,} missing" + (f", {devices:,} {noun}" if missing else ""),
+                    expected=expected,
+                    missing=missing,
+                    devices=devices,
+                    examples=[
+                        {
+                            "device": row["device"],
+                            "channel": row["channel"],
+                            "missing": row["missing"],
+                            "of": row["expected"],
+                            "gaps": row["gaps"],
+                        }
+                        for row in rows
+                        if row["missing"]
+                    ],
+                ),
+            )
+        }
+
+    async def _delays(
+        self,
+        conn: Conn,
+        wave: Wave,
+        state: MigrationState,
+        rungs: Sequence[Rung],
+        since: float,
+        now: float,
+    ) -> dict[str, Sample]:
+        moved = [m.device for m in wave.moved]
+        lately = max(since, now - DELAY_SPAN_S)
+        new = await _delay_counts(conn, MQTT_PATH, moved, lately, now)
+        # Best of all the same devices at the same time; where they have left the old side, their past; else
+        # the devices that are still there.
+        staying = [
+            m.device
+            for m in state.members.values()
+            if standing_flags(m, rungs).telemetry is not TelemetryFlag.NEW and m.wave != state.wave
+        ]
+        old, basis = list[int](), ""
+        for basis, devices, start, end in (  # noqa: B007 (the basis that served is part of the evidence)
+            ("the same devices, same time", moved, lately, now),
+            ("the same devices, before", moved, since - DELAY_SPAN_S, now),
+            ("devices still on the old side", staying, now - DELAY_SPAN_S, now),
+        ):
+            old = await _delay_counts(conn, self._old_path, devices, start, end)
+            if sum(old) >= 20:
+                break
+        samples = {}
+        for label, q in _QUANTILES.items():
+            value, before = quantile(new, q), quantile(old, q)
+            samples[f"telemetry.delay.{label}"] = Sample(
+                value=value,
+                n=sum(new),
+                old=before,
+                old_n=sum(old),
+                evidence=_summary(
+                    f"n = {sum(new):,}, old n = {sum(old):,} ({basis})", basis=basis, old_n=sum(old)
+                ),
+            )
+        return samples
+
+    # -- commands ----------------------------------------------------------------------------------------
+
+    async def _commands(
+        self,
+        conn: Conn,
+        wave: Wave,
+        state: MigrationState,
+        rungs: Sequence[Rung],
+        rung: Rung,
+        since: float,
+        now: float,
+    ) -> dict[str, Sample]:
+        row = await conn.fetchrow(
+            _COMMANDS_SQL,
+            [m.device for m in wave.moved],
+            [_time(max(since, m.moved_at or since)) for m in wave.moved],
+            uuid7(since, 0),
+            PROBE_COMMAND,
+            rung.commands_timeout_s,
+            _time(now),
+            EXAMPLES,
+        )
+        assert row is not None
+        agreed, judged = row["agreed"], row["judged"]
+        examples = msgspec.json.decode(row["examples"]) if row["examples"] else []
+        twice = msgspec.json.decode(row["twice_examples"]) if row["twice_examples"] else []
+        differ = judged - agreed
+        old_latency, old_n = row["old_latency"], row["old_n"]
+        basis = "the same commands"
+        if old_n < 5:
+            basis = "the old side, other devices or earlier"
+            staying = [
+                m.device
+                for m in state.members.values()
+                if standing_flags(m, rungs).commands is not CommandsFlag.NEW and m.wave != state.wave
+            ]
+            other = await conn.fetchrow(
+                _OLD_COMMANDS_SQL,
+                [m.device for m in wave.told] + staying,
+                uuid7(max(0.0, since - OLD_COMMANDS_SPAN_S), 0),
+                PROBE_COMMAND,
+                rung.commands_timeout_s,
+                _time(now),
+            )
+            assert other is not None
+            old_latency, old_n = other["latency"], other["n"]
+            old_good, old_settled = other["good"], other["settled"]
+        else:
+            old_good, old_settled = row["old_good"], row["old_settled"]
+        found = {
+            "commands.agreement": Sample(
+                value=100.0 * agreed / judged if judged else None,
+                n=judged,
+                evidence=_summary(
+                    f"{differ:,} of {judged:,} differ" if judged else "no command has been answered yet",
+                    examples=examples,
+                    pending=row["pending"],
+                ),
+            ),
+            "commands.success": Sample(
+                value=100.0 * row["new_good"] / row["new_settled"] if row["new_settled"] else None,
+                n=row["new_settled"],
+                old=100.0 * old_good / old_settled if old_settled else None,
+                old_n=old_settled,
+                evidence=_summary(
+                    f"{row['new_good']:,} of {row['new_settled']:,} by the new side", pending=row["pending"]
+                ),
+            ),
+            "commands.executed_twice": Sample(
+                value=float(row["twice"]) if row["total"] else None,
+                n=row["total"],
+                evidence=_summary(f"{row['twice']:,} of {row['total']:,}", examples=twice),
+            ),
+        }
+        for place, label in enumerate(_QUANTILES):
+            found[f"commands.latency.{label}"] = Sample(
+                value=row["new_latency"][place] if row["new_n"] else None,
+                n=row["new_n"],
+                old=old_latency[place] if old_n else None,
+                old_n=old_n,
+                evidence=_summary(f"n = {row['new_n']:,}, old n = {old_n:,} ({basis})", basis=basis),
+            )
+        return found
+
+    # -- connections -------------------------------------------------------------------------------------
+
+    async def _flapping(self, conn: Conn, wave: Wave, since: float, now: float) -> dict[str, Sample]:
+        rows = await conn.fetch(
+            "SELECT e.device, count(*) AS connects FROM presence_event e "
+            "JOIN unnest($1::text[], $2::timestamptz[]) d(device, since) ON d.device = e.device "
+            "WHERE e.connected AND e.at >= $3 AND e.at >= d.since "
+            "GROUP BY e.device HAVING count(*) >= $4 ORDER BY 2 DESC",
+            [m.device for m in wave.moved],
+            [_time(m.moved_at or since) for m in wave.moved],
+            _time(max(since, now - FLAP_SPAN_S)),
+            FLAP_CONNECTS,
+        )
+        moved = len(wave.moved)
+        return {
+            "connections.flapping": Sample(
+                value=float(len(rows)) if moved else None,
+                n=moved,
+                evidence=_summary(
+                    f"{len(rows):,} of {moved:,} devices",
+                    examples=[
+                        {"device": row["device"], "connects": row["connects"]} for row in rows[:EXAMPLES]
+                    ],
+                ),
+            )
+        }
+
+    # -- free queries ------------------------------------------------------------------------------------
+
+    async def _sql(self, query: str) -> Sample:
+        """The one number that `query` returns, read-only and within a few seconds."""
+        try:
+            async with self._backend.acquire() as conn, conn.transaction(readonly=True):
+                await conn.execute(f"SET LOCAL statement_timeout = {int(QUERY_TIMEOUT_S * 1000)}")
+                rows = await conn.fetch(f"SELECT * FROM ({query.rstrip().rstrip(';')}) gate LIMIT 2")
+        except (OSError, TimeoutError, asyncpg.PostgresError, asyncpg.InterfaceError) as error:
+            return Sample(value=None, evidence=_summary(f"the query failed: {str(error)[:200]}"))
+        if len(rows) != 1 or len(rows[0]) != 1:
+            return Sample(value=None, evidence=_summary("the query must return one row with one number"))
+        return number(rows[0][0])
+
+    # -- for the timeline --------------------------------------------------------------------------------
+
+    async def rates(self, devices: Sequence[str], now: float) -> tuple[float | None, float | None]:
+        """Messages a second over the last ten seconds, by the old path and the new one."""
+        window = now - now % 10
+        share = 1 - (now - window) / 10  # how much of the window before still lies in the last ten seconds
+        async with self._backend.acquire() as conn:
+            rows = await conn.fetch(
+                "SELECT path, sum(CASE WHEN window_start >= $3 THEN messages ELSE messages * $4::float8 END) "
+                "/ 10.0 AS rate FROM receipt_window WHERE window_start >= $2 AND path = ANY($5::text[]) "
+                "AND device = ANY($1::text[]) GROUP BY path",
+                devices,
+                _time(window - 10),
+                _time(window),
+                share,
+                [MQTT_PATH, self._old_path],
+            )
+        by_path = {row["path"]: float(row["rate"]) for row in rows}
+        return by_path.get(self._old_path, 0.0), by_path.get(MQTT_PATH, 0.0)
+
+    async def latencies(
+        self, devices: Sequence[str], now: float
+    ) -> dict[str, tuple[float | None, float | None]]:
+        """(p50, p95) of the commands that ended in the last 30 s, by path `old` and `new`."""
+        async with self._backend.acquire() as conn:
+            rows = await conn.fetch(
+                "SELECT path, percentile_cont(ARRAY[0.5, 0.95]) WITHIN GROUP (ORDER BY "
+                "extract(epoch FROM ended_at - coalesce(sent_at, created_at))::float8) AS p "
+                "FROM command_path p JOIN command c ON c.id = p.command "
+                "WHERE p.ended_at >= $2 AND c.id >= $3 AND p.device = ANY($1::text[]) AND c.name <> $4 "
+                "AND p.status NOT IN ('expired', 'unreachable') GROUP BY path",
+                devices,
+                _time(now - 30),
+                uuid7(now - 90, 0),
+                PROBE_COMMAND,
+            )
+        return {row["path"]: (row["p"][0], row["p"][1]) for row in rows}
+
+
+def standing_flags(member: Member, rungs: Sequence[Rung]) -> Any:
+    """The flags that a member obeys as far as is known: those of its rung once it has moved there."""
+    at = member.came_from if member.state in (MemberState.MOVING, MemberState.STRAGGLER) else member.rung
+    return rungs[min(at, len(rungs) - 1)].flags
+
+
+def moves(wave: Wave, observed: Mapping[str, DeviceObservation]) -> dict[str, Sample]:
+    """`moves.success` and `devices.failed`: who of the wave moved and stayed, of those in reach."""
+    failed: list[dict[str, str]] = []
+    moved = 0
+    for member in wave.told:
+        seen = observed.get(member.device, DeviceObservation())
+        report = seen.report
+        if report is not None and report.epoch >= member.epoch and report.phase is DevicePhase.WENT_BACK:
+            failed.append({"device": member.device, "reason": report.reason or "went back by itself"})
+        elif member.state is MemberState.MOVED:
+            moved += 1
+        elif member.state is MemberState.STRAGGLER and (seen.connected_old or seen.connected_new):
+            failed.append({"device": member.device, "reason": member.reason or "connected, but did not move"})
+    reached = moved + len(failed)
+    evidence = _summary(
+        f"{moved:,} of {reached:,} moved",
+        told=len(wave.told),
+        moved=moved,
+        failed=len(failed),
+        examples=failed[:EXAMPLES],
+    )
+    return {
+        "moves.success": Sample(
+            value=100.0 * moved / reached if reached else None, n=reached, evidence=evidence
+        ),
+        "devices.failed": Sample(
+            value=float(len(failed)) if wave.told else None, n=len(wave.told), evidence=evidence
+        ),
+    }
+
+
+def silent(
+    moved: Sequence[Member], rung: Rung, observed: Mapping[str, DeviceObservation], now: float
+) -> Sample:
+    """Moved devices that the new side has not heard from for longer than the rung's `silent_after_s`."""
+    if not moved or rung.flags.telemetry is TelemetryFlag.OLD:
+        return Sample(value=None, evidence=_summary("no device of the wave has moved"))
+    quiet: list[tuple[float, str]] = []
+    for member in moved:
+        seen = observed.get(member.device)
+        last = max((seen.new_telemetry_at if seen else None) or 0.0, member.moved_at or 0.0)
+        if now - last > rung.silent_after_s:
+            quiet.append((now - last, member.device))
+    quiet.sort(reverse=True)
+    return Sample(
+        value=float(len(quiet)),
+        n=len(moved),
+        evidence=_summary(
+            f"{len(quiet):,} of {len(moved):,} devices",
+            examples=[
+                {"device": device, "silent_for_s": round(for_s, 1)} for for_s, device in quiet[:EXAMPLES]
+            ],
+        ),
+    )
+
+
+def number(value: object) -> Sample:
+    """A sample of whatever a query returned; no value when that is no number."""
+    if value is None or isinstance(value, bool):
+        return Sample(value=None, evidence=_summary("the query returned no number"))
+    try:
+        return Sample(value=float(value), n=1)  # type: ignore[arg-type]
+    except (TypeError, ValueError):
+        return Sample(value=None, evidence=_summary("the query returned no number"))
+
+
+class _PrometheusData(msgspec.Struct, frozen=True):
+    result: msgspec.Raw
+    resultType: str = ""  # noqa: N815 (the name in Prometheus's answer)
+
+
+class _Prometheus(msgspec.Struct, frozen=True):
+    status: str
+    data: _PrometheusData | None = None
+    error: str = ""
+
+
+class _Series(msgspec.Struct, frozen=True):
+    value: tuple[float, str]
+
+
+def read_prometheus(body: bytes) -> Sample:
+    """The one number in an answer of `/api/v1/query` (Prometheus HTTP API, "Instant queries")."""
+    try:
+        answer = msgspec.json.decode(body, type=_Prometheus)
+        if answer.status != "success" or answer.data is None:
+            return Sample(value=None, evidence=_summary(f"Prometheus says: {answer.error[:200]}"))
+        if answer.data.resultType == "scalar":
+            return number(msgspec.json.decode(answer.data.result, type=tuple[float, str])[1])
+        series = msgspec.json.decode(answer.data.result, type=list[_Series])
+    except msgspec.MsgspecError as error:
+        return Sample(value=None, evidence=_summary(f"not an answer of Prometheus: {error}"))
+    if len(series) != 1:
+        return Sample(
+            value=None, evidence=_summary(f"the query returned {len(series)} series, one is expected")
+        )
+    return number(series[0].value[1])
+
+
+async def prometheus(url: str, query: str) -> Sample:
+    """Ask a Prometheus server; no value when it does not answer with one number in time."""
+    try:
+        async with httpx.AsyncClient(timeout=QUERY_TIMEOUT_S, trust_env=False) as client:
+            answer = await client.get(f"{url.rstrip('/')}/api/v1/query", params={"query": query})
+    except (httpx.HTTPError, httpx.InvalidURL, OSError) as error:
+        return Sample(value=None, evidence=_summary(f"Prometheus did not answer: {type(error).__name__}"))
+    return read_prometheus(answer.content[: 1024 * 1024])
+
+
+async def _delay_counts(
+    conn: Conn, path: str, devices: Sequence[str], since: float, until: float
+) -> list[int]:
+    """Counts by delay bucket of the windows that touch [since, until]."""
+    if not devices:
+        return []
+    rows = await conn.fetch(
+        "SELECT u.place - 1 AS bucket, sum(u.n)::bigint AS n FROM receipt_window w "
+        "CROSS JOIN LATERAL unnest(w.delay_counts) WITH ORDINALITY u(n, place) "
+        "WHERE w.window_start >= $1 AND w.window_start <= $2 AND w.path = $3 AND w.device = ANY($4::text[]) "
+        "GROUP BY 1 HAVING sum(u.n) > 0 ORDER BY 1",
+        _time(since - since % 10),
+        _time(until),
+        path,
+        devices,
+    )
+    counts = [0] * (rows[-1]["bucket"] + 1) if rows else []
+    for row in rows:
+        counts[row["bucket"]] = row["n"]
+    return counts
+
+
+# Of each (device, channel): what lies between the first seq that the new side has seen since the baseline
+# `lo` (or, where it has seen none, the first one after `base`) and `hi`, less what the new side has.
+_MISSING_SQL = """
+WITH u AS (
+    SELECT * FROM unnest($1::text[], $2::text[], $3::bigint[], $4::bigint[], $5::bigint[])
+        AS u(device, channel, lo, base, hi)),
+g AS (
+    SELECT u.*, coalesce(m.ranges, '{}'::int8multirange)
+        * int8multirange(int8range(CASE WHEN u.lo IS NULL THEN NULL ELSE u.lo + 1 END, NULL)) AS got
+    FROM u LEFT JOIN ledger m ON m.device = u.device AND m.channel = u.channel AND m.path = $6),
+f AS (SELECT g.*, coalesce(lower(g.got), g.base + 1) AS first FROM g),
+x AS (
+    SELECT device, channel, hi - first + 1 AS expected, int8multirange(int8range(first, hi + 1)) - got AS miss
+    FROM f WHERE first <= hi),
+y AS (
+    SELECT x.*, (SELECT coalesce(sum(upper(r) - lower(r)), 0)::bigint FROM unnest(miss) r) AS missing FROM x),
+z AS (
+    SELECT sum(expected)::bigint AS all_expected, sum(missing)::bigint AS all_missing,
+           count(DISTINCT device) FILTER (WHERE missing > 0) AS all_devices FROM y)
+SELECT y.device, y.channel, y.expected, y.missing, left(y.miss::text, 200) AS gaps, z.*
+FROM y CROSS JOIN z ORDER BY y.missing DESC, y.device, y.channel LIMIT $7
+"""
+
+# A path's outcome: good, bad, second (duplicate), none (no answer in time), open (not due yet).
+_OUTCOME = """CASE
+    WHEN {p}.command IS NULL THEN NULL
+    WHEN {p}.ended_at IS NULL AND c.due > $now THEN 'open'
+    WHEN {p}.ended_at IS NULL OR {p}.ended_at > c.due OR {p}.status IN ('expired', 'unreachable') THEN 'none'
+    WHEN {p}.status IN ('succeeded', 'would-execute') THEN 'good'
+    WHEN {p}.status = 'duplicate' THEN 'second'
+    ELSE 'bad' END"""
+# Unanswered commands count as slow, with the time they were waited for.
+_LATENCY = """extract(epoch FROM CASE
+    WHEN {p}.ended_at IS NOT NULL AND {p}.status NOT IN ('expired', 'unreachable')
+        THEN {p}.ended_at - coalesce({p}.sent_at, {p}.created_at)
+    ELSE c.due - {p}.created_at END)::float8"""
+
+
+def _outcome(path: str, now: str) -> str:
+    return _OUTCOME.format(p=path).replace("$now", now)
+
+
+_COMMANDS_SQL = f"""
+WITH d AS (SELECT * FROM unnest($1::text[], $2::timestamptz[]) d(device, since)),
+c AS (
+    SELECT c.id, c.device, c.name, least(c.expires_at, c.created_at + make_interval(secs => $5)) AS due
+    FROM d JOIN command c ON c.device = d.device AND c.id >= $3::uuid AND c.created_at >= d.since
+    WHERE c.name <> $4),
+x AS (
+    SELECT c.id, c.device, c.name, n.mode AS new_mode, o.mode AS old_mode, n.status AS new_status,
+        o.status AS old_status, {_outcome("n", "$6")} AS new, {_outcome("o", "$6")} AS old,
+        {_LATENCY.format(p="n")} AS new_latency, {_LATENCY.format(p="o")} AS old_latency,
+        n.mode = 'execute' AND o.mode = 'execute'
+            AND (n.status = 'succeeded' OR n.detail->'late'->>'status' = 'succeeded')
+            AND (o.status = 'succeeded' OR o.detail->'late'->>'status' = 'succeeded') AS twice
+    FROM c LEFT JOIN command_path n ON n.command = c.id AND n.path = 'new'
+           LEFT JOIN command_path o ON o.command = c.id AND o.path = 'old'),
+y AS (
+    SELECT x.*,
+        CASE
+            WHEN new IS NULL OR new = 'open' OR old = 'open' THEN NULL
+            WHEN old IS NULL THEN new IN ('good', 'bad')
+            WHEN old = 'none' AND new = 'none' THEN NULL
+            WHEN new_mode = 'dry-run' OR old_mode = 'dry-run' THEN old = new AND old IN ('good', 'bad')
+            ELSE (old IN ('good', 'bad') AND new = 'second') OR (new IN ('good', 'bad') AND old = 'second')
+        END AS agreed
+    FROM x)
+SELECT count(*) FILTER (WHERE new IS NOT NULL) AS total,
+    count(*) FILTER (WHERE agreed) AS agreed,
+    count(*) FILTER (WHERE agreed IS NOT NULL) AS judged,
+    count(*) FILTER (WHERE new = 'open' OR old = 'open') AS pending,
+    count(*) FILTER (WHERE twice) AS twice,
+    count(*) FILTER (WHERE new = 'good') AS new_good,
+    count(*) FILTER (WHERE new IN ('good', 'bad', 'none')) AS new_settled,
+    count(*) FILTER (WHERE old = 'good') AS old_good,
+    count(*) FILTER (WHERE old IN ('good', 'bad', 'none')) AS old_settled,
+    count(*) FILTER (WHERE new <> 'open') AS new_n,
+    count(*) FILTER (WHERE old <> 'open') AS old_n,
+    percentile_cont(ARRAY[0.5, 0.95, 0.99]) WITHIN GROUP (ORDER BY new_latency)
+        FILTER (WHERE new <> 'open') AS new_latency,
+    percentile_cont(ARRAY[0.5, 0.95, 0.99]) WITHIN GROUP (ORDER BY old_latency)
+        FILTER (WHERE old <> 'open') AS old_latency,
+    (SELECT json_agg(json_build_object('command', id, 'device', device, 'name', name, 'old', old_status,
+        'new', new_status))
+        FROM (SELECT * FROM y WHERE NOT agreed ORDER BY id DESC LIMIT $7) e)::text AS examples,
+    (SELECT json_agg(json_build_object('command', id, 'device', device, 'name', name))
+        FROM (SELECT * FROM y WHERE twice ORDER BY id LIMIT $7) e)::text AS twice_examples
+FROM y
+"""
+
+_OLD_COMMANDS_SQL = f"""
+WITH c AS (
+    SELECT c.id, least(c.expires_at, c.created_at + make_interval(secs => $4)) AS due FROM command c
+    WHERE c.device = ANY($1::text[]) AND c.id >= $2::uuid AND c.name <> $3),
+x AS (
+    SELECT {_outcome("o", "$5")} AS old, {_LATENCY.format(p="o")} AS latency
+    FROM c JOIN command_path o ON o.command = c.id AND o.path = 'old')
+SELECT count(*) FILTER (WHERE old <> 'open') AS n,
+    count(*) FILTER (WHERE old = 'good') AS good,
+    count(*) FILTER (WHERE old IN ('good', 'bad', 'none')) AS settled,
+    percentile_cont(ARRAY[0.5, 0.95, 0.99]) WITHIN GROUP (ORDER BY latency)
+        FILTER (WHERE old <> 'open') AS latency
+FROM x
+"""
