@@ -1,0 +1,70 @@
+"""MQTT topics and NATS subjects, as NATS Server maps them onto each other.
+
+Levels become tokens; a dot within a level becomes `//`; an empty level becomes `/`. The mapping is one to
+one: `to_topic(to_subject(topic)) == topic` for every topic that can be mapped.
+Source: MQTT 3.1.1, section 4.7; NATS Server, `server/mqtt.go`, `mqttToNATSSubjectConversion`.
+"""
+
+import re
+
+from fleetlift.core.errors import BadInput
+
+STREAM = "$MQTT_msgs"
+STORED = "$MQTT.msgs."  # what stands before the subject of a message in the stream
+TOPIC_BYTES_MAX = 4096
+
+_REFUSED = re.compile(r"[ \t\r\n\f\x00\x7f]")
+
+
+def to_subject(topic: str) -> str:
+    """The NATS subject of an MQTT topic. Raises BadInput for wildcards and what NATS Server refuses."""
+    if "+" in topic or "#" in topic or "*" in topic or ">" in topic:
+        raise BadInput(f"topic {topic!r}: '+', '#', '*' and '>' cannot be part of a topic to publish to")
+    return _mapped(topic)
+
+
+def filter_to_subjects(topic_filter: str) -> list[str]:
+    """The NATS subjects of an MQTT topic filter; `x/#` is two, since it selects `x` as well.
+
+    Raises BadInput when a wildcard does not stand alone in its level, or `#` is not the last.
+    """
+    levels = topic_filter.split("/")
+    for number, level in enumerate(levels):
+        if ("#" in level and (level != "#" or number != len(levels) - 1)) or ("+" in level and level != "+"):
+            raise BadInput(
+                f"topic filter {topic_filter!r}: '+' stands alone in its level, '#' alone and last"
+            )
+        if "*" in level or ">" in level:
+            raise BadInput(f"topic filter {topic_filter!r}: '*' and '>' cannot be used")
+    if topic_filter == "#":
+        return [">"]
+    if levels[-1] == "#":
+        parent = "*" if levels[:-1] == ["+"] else _wildcards(_mapped("/".join(levels[:-1])))
+        return [parent, f"{parent}.>"]
+    return [_wildcards(_mapped(topic_filter))]
+
+
+def to_topic(subject: str) -> str:
+    """The MQTT topic of a NATS subject."""
+    if "/" not in subject:
+        return subject.replace(".", "/")
+    return "/".join("" if token == "/" else token.replace("//", ".") for token in subject.split("."))
+
+
+def stored_topic(subject: str) -> str:
+    """The topic of a message in the stream, whose subject begins with `$MQTT.msgs.`."""
+    return to_topic(subject.removeprefix(STORED))
+
+
+def _mapped(topic: str) -> str:
+    if not topic or _REFUSED.search(topic) or len(topic.encode()) > TOPIC_BYTES_MAX:
+        raise BadInput(
+            f"topic {topic[:80]!r}: use 1 to {TOPIC_BYTES_MAX} bytes without space or control characters"
+        )
+    if "." not in topic and "//" not in topic and topic[0] != "/" and topic[-1] != "/":
+        return topic.replace("/", ".")
+    return ".".join(level.replace(".", "//") if level else "/" for level in topic.split("/"))
+
+
+def _wildcards(subject: str) -> str:
+    return ".".join("*" if token == "+" else token for token in subject.split("."))

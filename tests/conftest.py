@@ -1,0 +1,76 @@
+"""Real engines for tests: one PostgreSQL a test process, a fresh database and a fresh NATS a test."""
+
+import asyncio
+from collections.abc import AsyncIterator, Iterator
+from typing import Any
+
+import asyncpg
+import msgspec
+import pytest
+
+from fleetlift.backend.context import Context, open_context
+from fleetlift.config import Settings
+from fleetlift.store.pool import open_pool
+from fleetlift.testing import LoopThread, TestNats, TestPostgres, scratch_directory
+
+
+@pytest.fixture(scope="session")
+def engine_loop() -> Iterator[LoopThread]:
+    loop = LoopThread()
+    yield loop
+    loop.close()
+
+
+@pytest.fixture(scope="session")
+def postgres(engine_loop: LoopThread) -> Iterator[TestPostgres]:
+    with scratch_directory() as directory:
+        server = TestPostgres(directory)
+        engine_loop.run(server.start())
+        yield server
+        engine_loop.run(server.stop())
+
+
+@pytest.fixture(scope="session")
+def pg_url(postgres: TestPostgres) -> str:
+    """The template database with the whole schema: to be looked at, not written to."""
+    return postgres.url
+
+
+@pytest.fixture
+def database_url(postgres: TestPostgres, engine_loop: LoopThread) -> Iterator[str]:
+    """A fresh database with the newest schema."""
+    url = engine_loop.run(postgres.new_database())
+    yield url
+    engine_loop.run(postgres.drop_database(url))
+
+
+@pytest.fixture
+async def pool(database_url: str) -> AsyncIterator["asyncpg.Pool[Any]"]:
+    """A connection pool on a fresh database."""
+    async with open_pool(database_url, name="test") as opened:
+        yield opened
+
+
+@pytest.fixture
+def nats_server(engine_loop: LoopThread) -> Iterator[TestNats]:
+    """A fresh NATS Server with JetStream, MQTT and the log; `nats_server.settings` says where."""
+    with scratch_directory() as directory:
+        server = TestNats(directory)
+        engine_loop.run(server.start())
+        yield server
+        engine_loop.run(server.stop())
+
+
+@pytest.fixture
+def settings(nats_server: TestNats, database_url: str) -> Settings:
+    """Settings with a fresh NATS and a fresh database."""
+    return msgspec.structs.replace(nats_server.settings, database_url=database_url)
+
+
+@pytest.fixture
+async def ctx(settings: Settings) -> AsyncIterator[Context]:
+    """What a service gets, on a fresh database and a fresh NATS. `stop` is set at the end."""
+    async with open_context(settings, name="test") as context:
+        yield context
+        context.stop.set()
+        await asyncio.sleep(0)
