@@ -9,10 +9,14 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+import asyncpg
 import msgspec
 
+from fleetlift.core.errors import NotFound
 from fleetlift.core.migration import MemberState
+from fleetlift.core.plan import ladder
 from fleetlift.core.timeline import TimelinePoint
+from fleetlift.migrate.planfile import parse_plan
 from fleetlift.migrate.plots import Mark, Series, bands, clock_label, lines, value_label
 
 
@@ -306,3 +310,127 @@ def _table(heads: Sequence[str], rows: Sequence[str], *, figures_from: int | Non
 
 def duration_figure(seconds: float | None) -> str:
     return "not measured" if seconds is None else value_label(seconds, "s")
+
+
+LEDGER_TOTALS = """
+SELECT path, sum(received) AS received, sum(doubles) AS doubles,
+       sum((SELECT coalesce(sum(upper(r) - lower(r)), 0) FROM unnest(ranges) r)) + sum(uncounted)
+           AS distinct_messages
+  FROM ledger WHERE device = ANY($1) GROUP BY path ORDER BY path
+"""
+
+# What any path brought, by channel. Gaps: what lies between the first and last seq and nobody brought.
+LEDGER_DEVICES = """
+WITH known AS (
+    SELECT device, channel, range_agg(ranges) AS seqs, sum(uncounted) AS uncounted
+      FROM ledger WHERE device = ANY($1) GROUP BY device, channel
+), gaps AS (
+    SELECT device, channel, uncounted, seqs,
+           CASE WHEN isempty(seqs) THEN '{}'::int8multirange
+                ELSE int8multirange(int8range(lower(seqs), upper(seqs))) - seqs END AS gaps
+      FROM known
+)
+SELECT device,
+       sum((SELECT coalesce(sum(upper(r) - lower(r)), 0) FROM unnest(seqs) r)) + sum(uncounted) AS stored,
+       sum((SELECT coalesce(sum(upper(r) - lower(r)), 0) FROM unnest(gaps) r)) AS missing,
+       array_agg(channel || ' ' || gaps::text) FILTER (WHERE NOT isempty(gaps)) AS gaps
+  FROM gaps GROUP BY device ORDER BY device
+"""
+
+LEDGER_BY_PATH = (
+    "SELECT device, path, sum(received) AS received FROM ledger WHERE device = ANY($1) GROUP BY 1, 2"
+)
+
+
+async def report_html(engine: asyncpg.Pool, backend: asyncpg.Pool, name: str) -> str:
+    """The report of migration `name` as it stands now. Raises NotFound."""
+    return render(await read_report(engine, backend, name))
+
+
+async def read_report(
+    engine: asyncpg.Pool, backend: asyncpg.Pool, name: str, figures: Sequence[Figure] = ()
+) -> ReportData:
+    """The facts of a report: the engine's records, and the ledger of the migration's devices."""
+    row = await engine.fetchrow("SELECT * FROM engine.migration WHERE name = $1", name)
+    if row is None:
+        raise NotFound(f"there is no migration {name!r}; `fleetlift migrate list` shows those there are")
+    samples = await engine.fetch("SELECT at, data FROM engine.sample WHERE migration = $1 ORDER BY at", name)
+    audit = await engine.fetch(
+        "SELECT at, actor, kind, text, evidence FROM engine.audit WHERE migration = $1 ORDER BY id", name
+    )
+    members = await engine.fetch("SELECT * FROM engine.member WHERE migration = $1 ORDER BY rank", name)
+    devices = [m["device"] for m in members]
+    attributes = {
+        r["id"]: _json(r["attributes"])
+        for r in await backend.fetch("SELECT id, attributes FROM device WHERE id = ANY($1)", devices)
+    }
+    totals = await backend.fetch(LEDGER_TOTALS, devices)
+    by_path: dict[str, dict[str, int]] = {}
+    for r in await backend.fetch(LEDGER_BY_PATH, devices):
+        by_path.setdefault(r["device"], {})[r["path"]] = int(r["received"])
+    ledger = await backend.fetch(LEDGER_DEVICES, devices)
+    return ReportData(
+        name=name,
+        tenant=row["tenant"],
+        phase=row["phase"],
+        reason=_json(row["state"]).get("reason", ""),
+        plan=row["plan"],
+        plan_version=row["plan_version"],
+        started_at=row["created_at"].timestamp(),
+        ended_at=(samples[-1]["at"] if samples else row["updated_at"]).timestamp(),
+        points=[(s["at"].timestamp(), _point(s["data"])) for s in samples],
+        audit=[
+            AuditLine(
+                at=a["at"].timestamp(),
+                actor=a["actor"],
+                kind=a["kind"],
+                text=a["text"],
+                evidence=_json(a["evidence"]),
+            )
+            for a in audit
+        ],
+        totals=[
+            PathTotal(
+                path=t["path"],
+                received=int(t["received"]),
+                distinct=int(t["distinct_messages"]),
+                doubles=int(t["doubles"]),
+            )
+            for t in totals
+        ],
+        ledger=[
+            LedgerLine(
+                device=r["device"],
+                by_path=by_path.get(r["device"], {}),
+                stored=int(r["stored"]),
+                missing=int(r["missing"]),
+                gaps=tuple((r["gaps"] or ())[:5]),
+            )
+            for r in ledger
+        ],
+        members=[
+            MemberLine(
+                device=m["device"],
+                state=m["state"],
+                rung=m["rung"],
+                reason=m["reason"],
+                attributes=attributes.get(m["device"], {}),
+            )
+            for m in members
+        ],
+        figures=figures,
+        rungs=tuple(rung.name for rung in ladder(parse_plan(row["plan"]))),
+    )
+
+
+def _json(value: Any) -> dict[str, Any]:
+    """A jsonb column, whether or not the pool decodes it."""
+    decoded = msgspec.json.decode(value) if isinstance(value, str) else value
+    assert isinstance(decoded, dict)
+    return decoded
+
+
+def _point(value: Any) -> TimelinePoint:
+    if isinstance(value, str):
+        return msgspec.json.decode(value, type=TimelinePoint)
+    return msgspec.convert(value, TimelinePoint)

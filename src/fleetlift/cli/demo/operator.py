@@ -23,7 +23,9 @@ class Operator:
     The model is open: the next command is due at its time whether or not the last one was answered.
     """
 
-    def __init__(self, api: Api, devices: Sequence[str], rate_s: float, *, expires_in_s: float = 20.0) -> None:
+    def __init__(
+        self, api: Api, devices: Sequence[str], rate_s: float, *, expires_in_s: float = 20.0
+    ) -> None:
         self._api, self._devices, self._rate_s, self._expires_in_s = api, devices, rate_s, expires_in_s
         self._random = random.Random(2026)
         self._stop = threading.Event()
