@@ -23,6 +23,7 @@ MAX_BODY_BYTES = 1 << 20  # of any frame
 MAX_TELEMETRY_BYTES = 256 * 1024  # of one telemetry body; a server refuses more
 MAX_DOCUMENT_BYTES = 64 * 1024  # of any other JSON: configurations, reports, params, details, attributes
 MAX_SEQ = (1 << 63) - 1  # what databases keep in a signed 64-bit column
+FEED_FROM_NOW = MAX_SEQ  # as the position of FEED_FROM: only what comes after this request
 MAX_ACKS = 1000  # entries a sender puts into one TELEMETRY_ACK
 
 _HEADER = struct.Struct(">2sBBHI")
@@ -196,7 +197,10 @@ class OwnerOk(msgspec.Struct, frozen=True):
 
 
 class FeedFrom(msgspec.Struct, frozen=True):
-    """Asks for all that was received after `after` (0: from the beginning), then for what comes, for good."""
+    """Asks for all that was received after `after` (0: from the beginning), then for what comes, for good.
+
+    With FEED_FROM_NOW the first batch is empty and tells where the feed stands.
+    """
 
     request: int
     after: int

@@ -19,7 +19,7 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self, TypeVar
+from typing import Any, Self, TypeVar, cast
 
 import msgspec
 
@@ -491,6 +491,9 @@ class LegacyServer:
     async def _feed(self, link: "_Link", request: int, after: int) -> None:
         first = await self._ask(self._storage.read_first_position)
         last = self._storage.last_position
+        if after == wire.FEED_FROM_NOW:
+            after = last
+            link.send(wire.FeedBatch(request, after))
         if after > last:
             why = f"the feed ends at {last}, so {after} is of another data directory: start again from 0"
             link.send(wire.Error(request, wire.ErrorCode.POSITION_GONE, why))
@@ -540,19 +543,18 @@ class _Link(asyncio.Protocol):
     # ---- asyncio's calls -----------------------------------------------------------------------------
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        assert isinstance(transport, asyncio.Transport)
-        self.transport = transport
+        self.transport = cast(asyncio.Transport, transport)  # uvloop's own is no subclass of it
         self._heard_at = asyncio.get_running_loop().time()
         self.remote = str(transport.get_extra_info("peername"))
-        raw = transport.get_extra_info("socket")
+        raw = self.transport.get_extra_info("socket")
         if raw is not None:
             raw.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
             raw.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        transport.set_write_buffer_limits(high=512 * 1024)
+        self.transport.set_write_buffer_limits(high=512 * 1024)
         if not self._server.found(self):
             log.warning("legacy_connection_refused", remote=self.remote)
             self.closed = True
-            transport.abort()
+            self.transport.abort()
 
     def data_received(self, data: bytes) -> None:
         if self.closed:

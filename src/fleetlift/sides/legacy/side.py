@@ -2,7 +2,7 @@
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Coroutine, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
@@ -128,24 +128,28 @@ class LegacySide:
         text = msgspec.json.encode(document)
         await self._call(lambda request: wire.SetConfig(request, device, text), wire.Ok)
 
-    async def feed(self, after: str) -> AsyncIterator[tuple[str, Sequence[FeedItem]]]:
+    async def feed(self, after: str) -> AsyncGenerator[tuple[str, Sequence[FeedItem]], None]:
         """Batches of what the server received after position `after` ("": from the beginning), for good.
+
+        With "now" the first batch is empty: its position is where the feed stands.
 
         The next batch is taken from the connection when the caller comes for it, so a slow caller slows the
         server's sending and nothing piles up. Raises Unavailable when the server is lost, Conflict when it
         no longer holds what follows `after`.
         """
         try:
-            position = int(after or "0")
+            position = wire.FEED_FROM_NOW if after == "now" else int(after or "0")
         except ValueError as exc:
             raise BadInput(f"feed position {after!r}: the legacy server's are whole numbers") from exc
+        tell_empty = after == "now"
         connection = await self._open()
         try:
             connection.write(wire.FeedFrom(1, position))
             while True:
                 for message in await connection.read(FEED_SILENT_FOR_S):
                     match message:
-                        case wire.FeedBatch() if message.items:
+                        case wire.FeedBatch() if message.items or tell_empty:
+                            tell_empty = False
                             yield str(message.position), _items(message.items)
                         case wire.Error():
                             raise _error(message)

@@ -96,11 +96,11 @@ class Storage:
     """Queries of the legacy server. `apply` is called by one thread, the `read_…` methods by another."""
 
     def __init__(self, path: Path) -> None:
+        path.touch(mode=0o600)  # SQLite gives the files beside it the same mode
         self._write = _connect(path)
         # FULL: an acknowledged message outlives a power cut too, not only a killed process.
         self._write.execute("PRAGMA synchronous = FULL")
         self._write.executescript(_SCHEMA.read_text())
-        path.chmod(0o600)
         self._read = _connect(path)
         self._read.execute("PRAGMA query_only = ON")
         self.last_position = self._position()
