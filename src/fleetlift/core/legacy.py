@@ -593,6 +593,11 @@ def encode(message: Message) -> bytes:
     return bytes(frame)
 
 
+def short(text: str) -> str:
+    """As much of `text` as fits into a field of 255 bytes."""
+    return text.encode()[:255].decode(errors="ignore")
+
+
 class Decoder:
     """Turns a stream of bytes, cut anywhere, into messages.
 

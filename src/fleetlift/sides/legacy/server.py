@@ -281,7 +281,7 @@ class LegacyServer:
             checked_device_id(login.device)
             store.checked_key(login.key)
         except BadInput as exc:
-            return str(exc)[:255]
+            return wire.short(str(exc))
         return ""
 
     def take_telemetry(self, link: "_Link", messages: list[wire.Telemetry], at_ms: int) -> None:
@@ -337,7 +337,7 @@ class LegacyServer:
         self._holding.discard(link)
         if link.device and self._devices.get(link.device) is link:
             del self._devices[link.device]
-            self._submit(partial(self._storage.sign_out, link.device, _now_ms(), reason[:255]), _ignore)
+            self._submit(partial(self._storage.sign_out, link.device, _now_ms(), wire.short(reason)), _ignore)
 
     def found(self, link: "_Link") -> bool:
         """A connection was made; False when it is one too many."""
@@ -617,7 +617,7 @@ class _Link(asyncio.Protocol):
         if self.closed:
             return
         if reason:
-            self.send(wire.Bye(reason.encode()[:255].decode(errors="ignore")))
+            self.send(wire.Bye(wire.short(reason)))
             self._why = self._why or reason
         self.closed = True
         if self.blocked:

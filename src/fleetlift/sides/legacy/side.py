@@ -368,12 +368,15 @@ def _feed_item(raw: wire.Item) -> FeedItem | None:
 def _report(device: str, document: bytes) -> DeviceReport | None:
     try:
         return msgspec.json.decode(document, type=DeviceReport)
-    except msgspec.DecodeError as exc:
+    except (ValueError, RecursionError) as exc:
         log.warning("device_report_refused", device=device, reason=str(exc))
         return None
 
 
 def _object(text: bytes) -> dict[str, Any]:
-    """A JSON object that the server has checked."""
-    value: dict[str, Any] = msgspec.json.decode(text)
-    return value
+    """A JSON object; the server has checked that, but the feed must go on whatever comes."""
+    try:
+        value = msgspec.json.decode(text)
+    except (ValueError, RecursionError):
+        value = None
+    return value if isinstance(value, dict) else {"unreadable": text.decode(errors="replace")}

@@ -85,7 +85,7 @@ def json_object(text: bytes, what: str) -> dict[str, Any]:
         raise BadInput(f"{what} has {len(text)} bytes: at most {wire.MAX_DOCUMENT_BYTES} are taken")
     try:
         value = msgspec.json.decode(text)
-    except msgspec.DecodeError as exc:
+    except (ValueError, RecursionError) as exc:
         raise BadInput(f"{what} is not JSON: {exc}") from exc
     if not isinstance(value, dict):
         raise BadInput(f"{what} must be a JSON object")
@@ -118,7 +118,7 @@ class Storage:
         """
         try:
             results = self._transaction(batch)
-        except sqlite3.Error as exc:
+        except Exception as exc:
             if len(batch) > 1:  # one of them may be at fault: the others go through alone
                 return [self.apply([work])[0] for work in batch]
             log.error("legacy_write_failed", error=str(exc))
