@@ -57,7 +57,7 @@ class Member(msgspec.Struct, frozen=True, kw_only=True):
     told_at: float | None = None
     moved_at: float | None = None  # when the evidence for `rung` was seen
     wave: int | None = None  # index of the wave that raised it to `rung`
-    came_from: int = 0  # the rung it stood on before that wave: where a breach takes it back to
+    came_from: int = 0  # the rung it was on before it was told `rung`: where a breach takes it back to
 
 
 class MigrationState(msgspec.Struct, frozen=True, kw_only=True):
@@ -75,7 +75,7 @@ class MigrationState(msgspec.Struct, frozen=True, kw_only=True):
     reverts: int = 0
     measured_from: float | None = None  # gates are measured over [this, now]; set as a wave opens or resumes
     told_again_at: float | None = None  # when orders not yet obeyed were last repeated
-    retried_at: float | None = None  # when devices that went back were last tried again
+    returned_at: float | None = None  # when all reachable devices of a breached wave were back
     kept_back: tuple[str, ...] = ()  # devices that a person sent back; excluded until resumed
     members: Mapping[str, Member] = {}
 

@@ -37,10 +37,15 @@ STAGES: Final[Mapping[Move, tuple[str, ...]]] = MappingProxyType(
 
 
 class Fleet(msgspec.Struct, frozen=True, kw_only=True):
-    """Which devices: those of `tenant` that `where` selects ("": all). `canaries` go first, in this order."""
+    """Which devices: those of `tenant` that `where` selects ("": all). `canaries` go first, in this order.
+
+    `updatable` is what a selected device must meet to be moved at all; "" stands for: unless its attribute
+    `updatable` is false.
+    """
 
     tenant: str
     where: str = ""
+    updatable: str = ""
     canaries: tuple[str, ...] = ()
 
 

@@ -5,6 +5,7 @@ Inside the program a duration is seconds, a percentage is percent (`99.9%` is 99
 
 import math
 import re
+from collections.abc import Sequence
 from typing import Final
 
 import msgspec
@@ -55,6 +56,16 @@ def format_count(value: float) -> str:
         return f"{int(value):,}"
     text = f"{value:,.4f}".rstrip("0")
     return text if text.rstrip("0,.-") else f"{value:.3g}"
+
+
+def format_devices(count: int) -> str:
+    """`1 device`, `15,310 devices`."""
+    return f"{count:,} device{'' if count == 1 else 's'}"
+
+
+def format_some(names: Sequence[str], most: int) -> str:
+    """The first few of `names`, with a sign that there are more."""
+    return ", ".join(names[:most]) + (" …" if len(names) > most else "")
 
 
 class Share(msgspec.Struct, frozen=True, kw_only=True):

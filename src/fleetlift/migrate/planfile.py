@@ -191,14 +191,15 @@ class _Reader:
         expected = 'a mapping such as {tenant: carshare, where: "attributes.hardware >= 3"}'
         if (parts := self._mapping(node, key, expected)) is None:
             return None
-        self._known(node, parts, ("tenant", "where", "canaries"), key)
+        self._known(node, parts, ("tenant", "where", "updatable", "canaries"), key)
         self._needed(node, parts, ("tenant",), key)
         tenant = self._get(parts, "tenant", self._checked(checked_tenant_id), at=key)
         condition = self._get(parts, "where", self._where, "", at=key)
+        updatable = self._get(parts, "updatable", self._where, "", at=key)
         canaries = self._get(parts, "canaries", self._canaries, _NO_CANARIES, at=key)
-        if tenant is None or condition is None or canaries is None:
+        if tenant is None or condition is None or updatable is None or canaries is None:
             return None
-        return Fleet(tenant=tenant, where=condition, canaries=canaries)
+        return Fleet(tenant=tenant, where=condition, updatable=updatable, canaries=canaries)
 
     def _where(self, node: yaml.Node, key: str) -> str | None:
         text = self._text(node, key, "a condition such as 'attributes.hardware >= 3'")
@@ -431,7 +432,7 @@ class _Reader:
             source, query_key = Source.PROMETHEUS, "query"
         else:
             return self._wrong(node, key, f"expected {expected}")
-        self._known(node, parts, (str(source), query_key, "must", "name", "at_least"), key)
+        self._known(node, parts, _once(str(source), query_key, "must", "name", "at_least"), key)
         self._needed(node, parts, (query_key, "must"), key)
         query = self._get(parts, query_key, self._query, at=key)
         must = self._get(parts, "must", self._query, at=key)
@@ -577,6 +578,10 @@ class _Reader:
 
 def _pairs(node: yaml.MappingNode) -> Iterator[tuple[yaml.Node, yaml.Node]]:
     yield from node.value
+
+
+def _once(*names: str) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(names))
 
 
 def _join(key: str, name: str) -> str:

@@ -1,0 +1,1041 @@
+"""What a migration does next: `decide(plan, state, observations, now)`, a pure function.
+
+Each round takes in the fleet, answers requests, looks for evidence, judges the gates, goes on (or back), and
+repeats orders that have not been obeyed. The state that comes out is committed before its actions are done;
+actions are orders to devices and may be repeated, so that a controller killed anywhere goes on from the
+stored state.
+
+What never happens here, whatever comes in: a device is told to climb while a breach is open, while the fleet
+cannot be read or a side is down; more devices stand on a rung than its wave approved; a wave grows without
+each of its gates measured and held; an epoch is used twice.
+"""
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from datetime import UTC, datetime
+from functools import lru_cache
+from types import MappingProxyType
+from typing import Any, Final
+
+from msgspec.structs import replace
+
+from fleetlift.core import where
+from fleetlift.core.errors import BadInput
+from fleetlift.core.evidence import (
+    BY_NEW,
+    LISTED,
+    Moves,
+    failures,
+    foreign_reason,
+    has_moved,
+    has_returned,
+    judge_moves,
+    newest,
+    obeys_another,
+    went_back,
+    why_back,
+)
+from fleetlift.core.gates import Gate, judge
+from fleetlift.core.migration import (
+    AuditEntry,
+    Decision,
+    DeviceObservation,
+    FleetDevice,
+    GateResult,
+    Member,
+    MemberState,
+    MigrationState,
+    Observations,
+    Phase,
+    Request,
+    RequestKind,
+    Sample,
+    Tell,
+    Verdict,
+    WavePhase,
+)
+from fleetlift.core.orders import DevicePhase
+from fleetlift.core.plan import Fleet, OnBreach, Plan, Rung, ladder
+from fleetlift.core.units import format_devices, format_duration, format_some
+from fleetlift.core.waves import approved, chosen, newcomers, ordered
+
+TELL_AGAIN_S: Final = 5.0  # the soonest that an order is repeated; it doubles up to TELL_AGAIN_MOST_S
+TELL_AGAIN_MOST_S: Final = 60.0
+OFFLINE_AFTER_S: Final = 10.0  # a device that is away need not be waited for as long as one that is there
+OWN_METRICS: Final = ("moves.success", "devices.failed", "devices.silent")
+"""Metrics that `decide` computes itself, from members and observations, unless a sample is given."""
+
+_NOTHING: Final = DeviceObservation()
+
+_MAY: Final[Mapping[RequestKind, frozenset[Phase]]] = MappingProxyType(
+    {
+        RequestKind.PAUSE: frozenset({Phase.RUNNING}),
+        RequestKind.RESUME: frozenset(set(Phase) - {Phase.RUNNING, Phase.RELEASED}),
+        RequestKind.APPROVE: frozenset({Phase.RUNNING, Phase.PAUSED}),
+        RequestKind.REVERT: frozenset(
+            {Phase.RUNNING, Phase.PAUSED, Phase.HELD, Phase.REVERTING, Phase.REVERTED, Phase.FINISHED}
+        ),
+        RequestKind.AMEND: frozenset(set(Phase) - {Phase.RELEASED}),
+        RequestKind.RELEASE: frozenset({Phase.FINISHED, Phase.REVERTED}),
+        RequestKind.EMERGENCY: frozenset(set(Phase) - {Phase.RELEASED}),
+    }
+)
+"""In which phases a request is taken; in the others it is refused, with a line in the audit log."""
+
+
+def begin(plan: Plan, fleet: Sequence[FleetDevice], now: float, epoch: int) -> MigrationState:
+    """The state of a migration that has not told any device anything yet.
+
+    `fleet` is what the plan's `where` selects; `epoch` is at least the newest that any migration has used.
+    Raises BadInput when there is nothing to move.
+    """
+    if not any(cannot_move(plan.fleet, device) is None for device in fleet):
+        raise BadInput(
+            f"no device of tenant {plan.fleet.tenant!r} can be moved by this plan: "
+            f"{len(fleet)} selected; see `fleetlift migrate check`"
+        )
+    by_id = {device.id: device for device in fleet}
+    members = {}
+    for rank, device in enumerate(ordered(plan.name, plan.fleet.canaries, by_id)):
+        reason = cannot_move(plan.fleet, by_id[device])
+        members[device] = Member(
+            device=device,
+            rank=rank,
+            state=MemberState.WAITING if reason is None else MemberState.EXCLUDED,
+            reason=reason or "",
+        )
+    return MigrationState(name=plan.name, epoch=epoch, members=members)
+
+
+def decide(plan: Plan, state: MigrationState, observations: Observations, now: float) -> Decision:
+    """The next state with what to do and what to note. Equal arguments give equal decisions.
+
+    `now` is Unix seconds; `observations.samples` has one sample a gate, by its text, measured from
+    `state.measured_from` on.
+    """
+    return _Round(plan, state, observations, now).run()
+
+
+def cannot_move(fleet: Fleet, device: FleetDevice) -> str | None:
+    """Why a selected device is never moved, or None when it can be."""
+    if not fleet.updatable:
+        if device.attributes.get("updatable") is False:
+            return "cannot be updated: its attribute updatable is false"
+        return None
+    if where.evaluate(_condition(fleet.updatable), record_of(fleet, device)):
+        return None
+    return f"cannot be updated: does not meet {fleet.updatable}"
+
+
+def record_of(fleet: Fleet, device: FleetDevice) -> dict[str, object]:
+    """A device as conditions see it."""
+    return {
+        "id": device.id,
+        "tenant": fleet.tenant,
+        "attributes": device.attributes,
+        "connected": device.connected,
+    }
+
+
+@lru_cache(maxsize=32)
+def _condition(text: str) -> where.Expression:
+    return where.parse(text)
+
+
+class _Round:
+    """One call of `decide`: local variables with names, thrown away when it returns."""
+
+    def __init__(self, plan: Plan, state: MigrationState, seen: Observations, now: float) -> None:
+        self.plan, self.seen, self.now = plan, seen, now
+        self.rungs = ladder(plan)
+        # An amended plan may have fewer rungs or waves than the one the state was made under.
+        rung = min(max(state.rung, 1), len(self.rungs) - 1)
+        self.state = replace(state, rung=rung, wave=min(state.wave, len(self.rungs[rung].waves) - 1))
+        self.members: dict[str, Member] = dict(state.members)
+        self.fleet = None if seen.fleet is None else {device.id: device for device in seen.fleet}
+        self.tells: dict[str, Tell] = {}
+        self.audit: list[AuditEntry] = []
+        self.answered: list[int] = []
+        self.gates: tuple[GateResult, ...] = ()
+
+    @property
+    def rung(self) -> Rung:
+        return self.rungs[self.state.rung]
+
+    def run(self) -> Decision:
+        if self.state.phase is not Phase.RELEASED:
+            self._take_in_fleet()
+        self._answer_requests()
+        if self.state.phase is not Phase.RELEASED:
+            self._look_for_evidence()
+            self._judge_gates()
+            self._go_on()
+            self._tell_again()
+        members = self.members
+        return Decision(
+            state=replace(self.state, members=members),
+            actions=tuple(self.tells.values()),
+            audit=tuple(self.audit),
+            answered=tuple(self.answered),
+            gates=self.gates,
+        )
+
+    # -- the fleet -------------------------------------------------------------------------------------
+
+    def _take_in_fleet(self) -> None:
+        """Enrol devices that have joined; devices never told that have left take no part."""
+        if self.fleet is None:
+            return
+        ranks = {device: member.rank for device, member in self.members.items()}
+        fresh = newcomers(self.plan.name, self.plan.fleet.canaries, ranks, self.fleet)
+        for device, rank in fresh.items():
+            self.members[device] = Member(device=device, rank=rank)
+        if fresh:
+            self._note(
+                "devices_joined", f"{format_devices(len(fresh))} joined the fleet", devices=_some(fresh)
+            )
+        for member in list(self.members.values()):
+            if member.device in self.state.kept_back:
+                continue
+            if member.state is MemberState.EXCLUDED:
+                if self._barred(member.device) is None:
+                    back = member.told_at is not None and member.moved_at is None
+                    self._put(member, state=MemberState.RETURNING if back else MemberState.WAITING, reason="")
+            elif member.state is MemberState.WAITING and (why := self._barred(member.device)) is not None:
+                self._put(member, state=MemberState.EXCLUDED, reason=why)
+
+    def _barred(self, device: str) -> str | None:
+        """Why a device takes no part by plan and fleet, as far as they can be read."""
+        assert self.fleet is not None
+        if (there := self.fleet.get(device)) is None:
+            return "not selected by the plan"
+        return cannot_move(self.plan.fleet, there)
+
+    def _online(self, member: Member) -> bool:
+        seen = self.seen.devices.get(member.device, _NOTHING)
+        there = self.fleet.get(member.device) if self.fleet else None
+        return seen.connected_old or seen.connected_new or (there is not None and there.connected)
+
+    def _since(self, member: Member) -> float | None:
+        there = self.fleet.get(member.device) if self.fleet else None
+        return there.since if there else None
+
+    # -- requests --------------------------------------------------------------------------------------
+
+    def _answer_requests(self) -> None:
+        handlers: Mapping[RequestKind, Callable[[Request], str | None]] = {
+            RequestKind.PAUSE: self._pause,
+            RequestKind.RESUME: self._resume,
+            RequestKind.APPROVE: self._approve,
+            RequestKind.REVERT: self._revert,
+            RequestKind.AMEND: self._amend,
+            RequestKind.RELEASE: self._release,
+            RequestKind.EMERGENCY: self._emergency,
+        }
+        for request in self.seen.requests:
+            # Who left the plan is known from the fleet alone; while it cannot be read the request waits.
+            if request.kind is RequestKind.AMEND and self.fleet is None:
+                break
+            single = request.kind in (RequestKind.RESUME, RequestKind.REVERT) and "device" in request.args
+            if self.state.phase in _MAY[request.kind] or (single and self.state.phase is not Phase.RELEASED):
+                refusal = handlers[request.kind](request)
+            else:
+                refusal = f"the migration is {self.state.phase}"
+            if refusal is not None:
+                text = f"{request.kind} refused: {refusal}"
+                self._note("request_refused", text, request.actor, args=request.args)
+            self.answered.append(request.id)
+
+    def _pause(self, request: Request) -> str | None:
+        self._set(phase=Phase.PAUSED, reason=f"paused by {request.actor}")
+        self._note("migration_paused", f"paused by {request.actor}; gates stay armed", request.actor)
+        return None
+
+    def _resume(self, request: Request) -> str | None:
+        if "device" in request.args:
+            return self._resume_device(str(request.args["device"]), request.actor)
+        before = self.state.phase
+        self._note("migration_resumed", f"resumed by {request.actor}; it was {before}", request.actor)
+        match before:
+            case Phase.PAUSED:
+                self._set(phase=Phase.RUNNING, reason="")
+            case Phase.HELD | Phase.FINISHED:
+                self._try_again()
+            case _:
+                self._set(phase=Phase.RUNNING, rung=1, wave=0, reason="")
+                self._close_wave()
+        return None
+
+    def _try_again(self) -> None:
+        """Open the held wave again, or go on with it where its devices have stayed."""
+        returned = self.state.wave_phase is WavePhase.RETURNING or self.state.phase is Phase.FINISHED
+        self._set(phase=Phase.RUNNING, reason="", measured_from=self.now, unmeasured_since=None)
+        if returned:
+            self._close_wave()
+        elif self.state.bake_started_at is not None:
+            self._set(bake_started_at=self.now)
+        self._order(
+            (m for m in self.members.values() if m.state is MemberState.STRAGGLER and m.rung > 0),
+            state=MemberState.MOVING,
+            reason="",
+        )
+
+    def _resume_device(self, device: str, actor: str) -> str | None:
+        member = self.members.get(device)
+        if member is None or device not in self.state.kept_back:
+            return f"{device} is not among the devices that were sent back"
+        self._set(kept_back=tuple(d for d in self.state.kept_back if d != device))
+        on_its_way = member.told_at is not None and member.moved_at is None
+        self._put(member, state=MemberState.RETURNING if on_its_way else MemberState.WAITING, reason="")
+        self._note("device_resumed", f"{device} takes part again, asked by {actor}", actor, device=device)
+        return None
+
+    def _approve(self, request: Request) -> str | None:
+        if self.state.wave_phase is not WavePhase.AWAITING_APPROVAL:
+            return "no wave waits for approval"
+        self._set(approved=True)
+        self._note("wave_approved", f"{self._wave_name()} approved by {request.actor}", request.actor)
+        return None
+
+    def _revert(self, request: Request) -> str | None:
+        if "device" in request.args:
+            return self._revert_device(str(request.args["device"]), request.actor)
+        if request.args.get("wave"):
+            return self._revert_wave(request.actor)
+        if self.state.phase in (Phase.REVERTING, Phase.REVERTED):
+            return f"the migration is {self.state.phase} already"
+        self._revert_all(f"reverted by {request.actor}", "migration_reverting", request.actor)
+        return None
+
+    def _revert_wave(self, actor: str) -> str | None:
+        if self.state.wave_opened_at is None or self.state.phase in (Phase.REVERTING, Phase.REVERTED):
+            return "no wave is open"
+        if self.state.wave_phase is WavePhase.RETURNING:
+            return "the wave is going back already"
+        self._return_wave(f"sent back by {actor}")
+        self._note("wave_returning", f"{self._wave_name()}: {self.state.reason}", actor)
+        return None
+
+    def _revert_device(self, device: str, actor: str) -> str | None:
+        member = self.members.get(device)
+        if member is None:
+            return f"{device} is not a device of this migration"
+        if device not in self.state.kept_back:
+            self._set(kept_back=(*self.state.kept_back, device))
+        self._exclude([member], f"sent back by {actor}")
+        self._note("device_sent_back", f"{device} sent back by {actor}", actor, device=device)
+        return None
+
+    def _amend(self, request: Request) -> str | None:
+        assert self.fleet is not None
+        gone = [
+            member
+            for member in self.members.values()
+            if member.state is not MemberState.EXCLUDED and self._barred(member.device) is not None
+        ]
+        self._exclude(gone, "")
+        stay = sum(member.state is not MemberState.EXCLUDED for member in self.members.values())
+        self._note(
+            "plan_amended",
+            f"plan amended by {request.actor}: {format_devices(stay)} go on, {len(gone):,} taken out",
+            request.actor,
+            taken_out=_some(member.device for member in gone),
+            taken_out_total=len(gone),
+        )
+        if self.state.phase in (Phase.HELD, Phase.FINISHED):
+            self._try_again()
+        return None
+
+    def _release(self, request: Request) -> str | None:
+        left = [m.device for m in self.members.values() if m.state is MemberState.STRAGGLER]
+        if left and not request.args.get("force"):
+            names = format_some(left, 5)
+            return f"{format_devices(len(left))} have not moved ({names}); release with force to give them up"
+        self._set(phase=Phase.RELEASED, reason=f"released by {request.actor}")
+        self._note(
+            "migration_released",
+            f"released by {request.actor}: there is no way back any more",
+            request.actor,
+            given_up=_some(left),
+        )
+        return None
+
+    def _emergency(self, request: Request) -> str | None:
+        epoch = request.args.get("epoch")
+        if isinstance(epoch, int):
+            self._set(epoch=max(self.state.epoch, epoch))
+        self._revert_all(
+            "reverted by the journal, outside the controller", "emergency_taken_in", request.actor
+        )
+        return None
+
+    # -- orders ----------------------------------------------------------------------------------------
+
+    def _order(
+        self,
+        members: Iterable[Member],
+        *,
+        state: MemberState,
+        rung: int | None = None,
+        reason: str | None = None,
+    ) -> list[Member]:
+        """Order `members` to `rung` (None: the one each stands on) with one fresh epoch."""
+        listed = sorted(members, key=lambda m: m.rank)
+        if not listed:
+            return []
+        epoch = max(self.state.epoch, self._highest_seen()) + 1
+        self._set(epoch=epoch)
+        told = []
+        for member in listed:
+            goal = member.rung if rung is None else rung
+            after = self._put(
+                member,
+                rung=goal,
+                came_from=member.came_from if goal == member.rung else member.rung,
+                epoch=epoch,
+                state=state,
+                reason=member.reason if reason is None else reason,
+                told_at=self.now,
+                moved_at=None,
+            )
+            self.tells[member.device] = Tell(device=member.device, epoch=epoch, rung=goal)
+            told.append(after)
+        return told
+
+    def _highest_seen(self) -> int:
+        return max(
+            (
+                report.epoch
+                for seen in self.seen.devices.values()
+                for report in (seen.report, seen.report_by_new)
+                if report is not None
+            ),
+            default=0,
+        )
+
+    def _exclude(self, members: Iterable[Member], reason: str) -> None:
+        """Take devices out, by a person (`reason`) or by the plan; those ever told something go back."""
+        back: list[Member] = []
+        for member in members:
+            out = self._put(
+                member, state=MemberState.EXCLUDED, reason=reason or self._barred(member.device) or ""
+            )
+            if member.epoch > 0 and not _back_at_start(member):
+                back.append(out)
+        self._order(back, state=MemberState.EXCLUDED, rung=0)
+
+    def _return_wave(self, reason: str) -> list[Member]:
+        """The open wave's devices go back to where the wave found them; the migration is held."""
+        mine = self._of_wave()
+        told: list[Member] = []
+        for goal in sorted({member.came_from for member in mine}):
+            told += self._order(
+                (m for m in mine if m.came_from == goal), state=MemberState.RETURNING, rung=goal, reason=""
+            )
+        for member in told:
+            self._put(member, wave=None)
+        self._set(
+            phase=Phase.HELD,
+            wave_phase=WavePhase.RETURNING,
+            reason=reason,
+            reverts=self.state.reverts + 1,
+            returned_at=None,
+            unmeasured_since=None,
+            approved=False,
+        )
+        return told
+
+    def _revert_all(self, reason: str, kind: str, actor: str) -> None:
+        told = self._order(
+            (
+                m
+                for m in self.members.values()
+                if m.epoch > 0 and m.state is not MemberState.EXCLUDED and not _back_at_start(m)
+            ),
+            state=MemberState.RETURNING,
+            rung=0,
+            reason="",
+        )
+        for member in told:
+            self._put(member, wave=None)
+        self._set(
+            phase=Phase.REVERTING,
+            wave_phase=WavePhase.RETURNING,
+            reason=reason,
+            reverts=self.state.reverts + 1,
+            returned_at=None,
+            unmeasured_since=None,
+            approved=False,
+        )
+        self._note(
+            kind, f"{reason}: {format_devices(len(told))} are told to go back", actor, devices=len(told)
+        )
+
+    # -- evidence --------------------------------------------------------------------------------------
+
+    def _look_for_evidence(self) -> None:
+        late: list[Member] = []  # found to be stragglers now
+        caught_up: list[Member] = []
+        gone_back: list[Member] = []
+        taken: list[Member] = []
+        for member in list(self.members.values()):
+            if member.told_at is None:
+                continue
+            seen = self.seen.devices.get(member.device, _NOTHING)
+            match member.state:
+                case MemberState.EXCLUDED:
+                    if member.moved_at is None and self._is_back(member, seen):
+                        self._put(member, moved_at=self.now)
+                case MemberState.RETURNING:
+                    self._see_return(member, seen)
+                case MemberState.STRAGGLER if member.rung == 0:
+                    self._see_return(member, seen)
+                case MemberState.MOVING | MemberState.STRAGGLER:
+                    if went_back(member, seen):
+                        if member.state is MemberState.MOVING:
+                            gone_back.append(self._straggler(member, why_back(member, seen)))
+                    elif self._obeys_another(member, seen):
+                        if member.state is MemberState.MOVING:
+                            taken.append(self._straggler(member, foreign_reason(seen)))
+                    elif has_moved(member, seen, self.rungs[member.rung].flags):
+                        if member.state is MemberState.STRAGGLER:
+                            caught_up.append(member)
+                        self._put(member, state=MemberState.MOVED, moved_at=self.now, reason="")
+                    elif member.state is MemberState.MOVING and (why := self._overdue(member, seen)):
+                        late.append(self._straggler(member, why))
+                case MemberState.MOVED | MemberState.RETURNED if member.rung > 0:
+                    if went_back(member, seen):
+                        gone_back.append(self._straggler(member, why_back(member, seen)))
+                    elif self._obeys_another(member, seen):
+                        taken.append(self._straggler(member, foreign_reason(seen)))
+                case _:
+                    pass
+        self._note_devices("devices_went_back", "went back by themselves", gone_back)
+        self._note_devices("stragglers_found", "have not moved", late)
+        self._note_devices("stragglers_moved", "have moved after all", caught_up)
+        if taken:
+            self._note_devices(
+                "foreign_orders_seen", "obey a newer order that is not this migration's", taken
+            )
+            if self.state.phase in (Phase.RUNNING, Phase.PAUSED, Phase.FINISHED):
+                self._set(
+                    phase=Phase.HELD,
+                    reason=f"{format_devices(len(taken))} obey a newer order back to the old side that this "
+                    "migration did not give; resume to take them again, or revert",
+                )
+
+    def _see_return(self, member: Member, seen: DeviceObservation) -> None:
+        if member.rung > 0 and went_back(member, seen):
+            self._straggler(member, why_back(member, seen))
+        elif self._is_back(member, seen):
+            self._put(member, state=MemberState.RETURNED, moved_at=self.now, reason="")
+        elif member.state is MemberState.RETURNING:
+            away = "" if self._online(member) else f"{self._away(member)}; its order waits"
+            if away != member.reason:
+                self._put(member, reason=away)
+
+    def _is_back(self, member: Member, seen: DeviceObservation) -> bool:
+        came_from = self.rungs[min(member.came_from, len(self.rungs) - 1)].flags
+        return has_returned(member, seen, self.rungs[member.rung].flags, came_from)
+
+    def _obeys_another(self, member: Member, seen: DeviceObservation) -> bool:
+        return obeys_another(seen, self.rungs[member.rung].flags, self.state.epoch)
+
+    def _overdue(self, member: Member, seen: DeviceObservation) -> str:
+        """Why a device that was told to move counts as a straggler by now; "" while it may still come."""
+        assert member.told_at is not None
+        waited, settle_s = self.now - member.told_at, self.rungs[member.rung].settle_s
+        if not self._online(member):
+            return self._away(member) if waited >= min(settle_s, OFFLINE_AFTER_S) else ""
+        if waited < settle_s:
+            return ""
+        took = f"within {format_duration(settle_s)}"
+        report = newest(seen)
+        if report is None or report.epoch < member.epoch:
+            return f"connected, but has not answered its order {took}"
+        if report.phase is DevicePhase.TRYING:
+            return f"still trying the new side after {format_duration(settle_s)}"
+        by_new = seen.report_by_new
+        if by_new is None or by_new.epoch < member.epoch:
+            return f"says that it has moved, but the new side has not heard it say so {took}"
+        if by_new.flags != self.rungs[member.rung].flags:
+            return f"has answered its order with other flags than it was told {took}"
+        return f"has moved, but no telemetry of it has come by the new side {took}"
+
+    def _away(self, member: Member) -> str:
+        since, seen = self._since(member), self.seen.devices.get(member.device, _NOTHING)
+        if since is None:
+            ever = seen.report or seen.report_by_new or seen.new_telemetry_at or seen.old_telemetry_at
+            return "offline" if ever else "never seen"
+        return f"offline since {datetime.fromtimestamp(since, UTC):%Y-%m-%d %H:%M} UTC"
+
+    def _straggler(self, member: Member, why: str) -> Member:
+        return self._put(member, state=MemberState.STRAGGLER, reason=why, moved_at=None)
+
+    # -- gates -----------------------------------------------------------------------------------------
+
+    def _judge_gates(self) -> None:
+        if self.state.phase in (Phase.FINISHED, Phase.REVERTING, Phase.REVERTED):
+            return
+        if self.state.wave_opened_at is None or self.state.wave_phase is WavePhase.RETURNING:
+            return
+        self.gates = tuple(self._judge(gate) for gate in self.rung.gates)
+
+    def _judge(self, gate: Gate) -> GateResult:
+        given = self.seen.samples.get(gate.text)
+        if given is not None or gate.metric not in OWN_METRICS:
+            return judge(gate, given)
+        if gate.metric == "devices.silent":
+            return judge(gate, self._silent())
+        wave, everyone = self._moves()
+        if gate.metric == "devices.failed":
+            return judge(gate, failures(wave))
+        # A fault of the wave shows in the wave; one of the whole new side in all that was moved so far.
+        results = [judge_moves(gate, moves) for moves in (wave, everyone)]
+        for verdict in (Verdict.REVERT, Verdict.HOLD):
+            for result in results:
+                if result.verdict is verdict:
+                    return result
+        return results[0]
+
+    def _moves(self) -> tuple[Moves, Moves]:
+        """How the moves of the open wave went, and those of all devices; the same when the wave is away."""
+        everyone = self._sorted(member for member in self.members.values() if member.rung > 0)
+        wave = self._sorted(self._of_wave())
+        return (wave if any((wave.moved, wave.failed, wave.pending)) else everyone), everyone
+
+    def _sorted(self, members: Iterable[Member]) -> Moves:
+        moves = Moves()
+        for member in members:
+            if member.state in (MemberState.MOVED, MemberState.RETURNED):
+                moves.moved.append(member)
+            elif member.state in (MemberState.MOVING, MemberState.STRAGGLER):
+                if went_back(member, self.seen.devices.get(member.device, _NOTHING)):
+                    moves.failed.append(member)
+                elif self._online(member):
+                    there = max(member.told_at or 0.0, self._since(member) or 0.0)
+                    in_time = self.now - there < self.rungs[member.rung].settle_s
+                    (moves.pending if in_time else moves.failed).append(member)
+        return moves
+
+    def _silent(self) -> Sample:
+        """Moved devices that the new side has not heard of for longer than the step allows."""
+        moved = [
+            member
+            for member in self.members.values()
+            if member.state is MemberState.MOVED and self.rungs[member.rung].flags.telemetry in BY_NEW
+        ]
+        limit_s = self.rung.silent_after_s
+        silent = []
+        for member in moved:
+            heard = self.seen.devices.get(member.device, _NOTHING).new_telemetry_at
+            last = max((at for at in (heard, member.moved_at) if at is not None), default=-math.inf)
+            if self.now - last > limit_s:
+                silent.append(member.device)
+        summary = f"of {len(moved):,} moved devices, for longer than {format_duration(limit_s)}"
+        if silent:
+            summary += f": {format_some(sorted(silent), 3)}"
+        return Sample(
+            value=len(silent),
+            n=len(moved),
+            evidence={"summary": summary, "silent": _some(sorted(silent))},
+        )
+
+    # -- onwards, or back ------------------------------------------------------------------------------
+
+    def _go_on(self) -> None:
+        match self.state.phase:
+            case Phase.RUNNING | Phase.PAUSED:
+                if not self._breached():
+                    self._climb()
+            case Phase.HELD:
+                self._see_wave_return()
+            case Phase.REVERTING:
+                self._see_all_return()
+            case _:
+                pass
+
+    def _breached(self) -> bool:
+        """Deal with a breach, if there is one: a gate's limit missed, or no data for too long."""
+        if self.state.wave_opened_at is None:
+            return False
+        watched = self.state.wave_phase in (WavePhase.BAKING, WavePhase.AWAITING_APPROVAL)
+        by_text = {gate.text: gate for gate in self.rung.gates}
+        for result in self.gates:
+            gate = by_text[result.gate]
+            always = gate.zero_tolerance or gate.metric in OWN_METRICS
+            if result.verdict is Verdict.REVERT and (watched or always):
+                self._breach(result, result.why)
+                return True
+        missing = [result for result in self.gates if result.missing]
+        if not missing or not watched:
+            self._set(unmeasured_since=None)
+            return False
+        if self.state.unmeasured_since is None:
+            self._set(unmeasured_since=self.now)
+        assert self.state.unmeasured_since is not None
+        unmeasured_s = self.now - self.state.unmeasured_since
+        # With the old side gone there is nothing to go back to, and it may be what the figures lack.
+        if unmeasured_s < self.rung.no_data_after_s or not self.seen.old_up:
+            return False
+        self._breach(missing[0], f"no data for {format_duration(_coarse(unmeasured_s))}: {missing[0].why}")
+        return True
+
+    def _breach(self, result: GateResult, why: str) -> None:
+        name, mine = self._wave_name(), self._of_wave()
+        if self.plan.on_breach is OnBreach.REVERT:
+            told = self._return_wave(why)
+            what = f"{format_devices(len(told))} go back"
+        else:
+            self._set(phase=Phase.HELD, reason=why, unmeasured_since=None, approved=False)
+            what = f"held; {format_devices(len(mine))} stay, a person decides"
+        self._note(
+            "gate_breached",
+            f"{name}: {why}; {what}",
+            gate=result.gate,
+            value=result.value,
+            limit=result.limit,
+            unit=result.unit,
+            n=result.n,
+            old=result.old,
+            devices=len(mine),
+            **{f"sample_{key}": value for key, value in result.evidence.items()},
+        )
+
+    def _climb(self) -> None:
+        """Take the open wave as far as it may go now; the next wave opens in the same round."""
+        for _ in range(sum(len(rung.waves) for rung in self.rungs) + 1):
+            if self.state.wave_opened_at is None:
+                if not self._may_grow() or not self._open_wave():
+                    return
+                continue
+            match self.state.wave_phase:
+                case WavePhase.MOVING:
+                    if not self._wave_has_moved():
+                        return
+                case WavePhase.BAKING:
+                    if not self._wave_has_baked():
+                        return
+                    if self.rung.approve:
+                        self._set(wave_phase=WavePhase.AWAITING_APPROVAL, approved=False)
+                        self._note(
+                            "wave_awaits_approval",
+                            f"{self._wave_name()} has baked and waits for approval",
+                            gates=self._figures(),
+                        )
+                    else:
+                        self._pass_wave()
+                case WavePhase.AWAITING_APPROVAL:
+                    if not self.state.approved or not self._gates_hold() or not self._may_grow():
+                        return
+                    self._pass_wave()
+                case WavePhase.RETURNING:
+                    return
+            if self.state.phase is Phase.FINISHED:
+                return
+
+    def _may_grow(self) -> bool:
+        """False, with the reason in the state, while no device may be told to climb."""
+        if self.state.phase is not Phase.RUNNING:
+            return False
+        if self.fleet is None:
+            reason = "waits: the fleet cannot be read"
+        elif not self.seen.old_up:
+            reason = "waits: the old side does not answer"
+        elif not self.seen.new_up:
+            reason = "waits: the new side does not answer"
+        else:
+            reason = ""
+        if reason and reason != self.state.reason:
+            self._note("growth_held", reason)
+        self._set(reason=reason)
+        return not reason
+
+    def _open_wave(self) -> bool:
+        """Raise the wave's devices. True when the wave adds none and the next one was made ready."""
+        assert self.fleet is not None
+        able = [m for m in self.members.values() if m.state is not MemberState.EXCLUDED]
+        here = [m for m in able if m.device in self.fleet and (m.rung > 0 or self._barred(m.device) is None)]
+        if not here:
+            self._set(reason="waits: the plan selects no device")
+            return False
+        index, wave = self.state.rung, self.state.wave
+        shares = (self.rung.waves[wave], *(rung.waves[-1] for rung in self.rungs[1:index]))
+        limit = approved(shares, len(here))
+        raised = sum(m.rung >= index for m in able)
+        picked = chosen(((m.rank, m.device) for m in here if m.rung < index), raised, limit)
+        if not picked:
+            self._note(
+                "wave_skipped",
+                f"{self._wave_name()} adds no device: {format_devices(raised)} of {limit} are there already",
+                raised=raised,
+                limit=limit,
+            )
+            self._next_wave(adds=False)
+            return self.state.phase is not Phase.FINISHED
+        for device in picked:
+            self._put(self.members[device], wave=wave)
+        chosen_ones = [self.members[device] for device in picked]
+        self._order(chosen_ones, state=MemberState.MOVING, rung=index, reason="")
+        self._set(
+            wave_phase=WavePhase.MOVING,
+            wave_opened_at=self.now,
+            measured_from=self.now,
+            bake_started_at=None,
+            unmeasured_since=None,
+            returned_at=None,
+            approved=False,
+            reason="",
+        )
+        self._note(
+            "wave_opened",
+            f"{self._wave_name()} opened: {format_devices(len(picked))} told to move, "
+            f"{raised + len(picked)} of {len(here)} on this rung",
+            devices=_some(picked),
+            told=len(picked),
+            raised=raised + len(picked),
+            fleet=len(here),
+            epoch=self.state.epoch,
+        )
+        return False
+
+    def _wave_has_moved(self) -> bool:
+        mine = self._of_wave()
+        if any(member.state is MemberState.MOVING for member in mine):
+            return False
+        here = [m for m in self.members.values() if m.rung == self.state.rung]
+        moved = sum(member.state is MemberState.MOVED for member in mine)
+        if not mine:
+            # A person or an amended plan has taken all of them out: open it again with others.
+            self._close_wave()
+            return True
+        if not any(member.state is MemberState.MOVED for member in here):
+            self._set(reason="waits: no device of the wave has moved or can be reached")
+            return False
+        behind = [member for member in mine if member.state is MemberState.STRAGGLER]
+        self._set(wave_phase=WavePhase.BAKING, bake_started_at=self.now, reason="")
+        self._note(
+            "wave_moved",
+            f"{self._wave_name()}: {format_devices(moved)} moved"
+            + (f", {len(behind)} did not" if behind else "")
+            + f"; bakes for {format_duration(self.rung.bake_s)}",
+            moved=moved,
+            stragglers={member.device: member.reason for member in behind[:LISTED]},
+        )
+        # The gates of this round were measured while the wave was still moving.
+        return False
+
+    def _wave_has_baked(self) -> bool:
+        assert self.state.bake_started_at is not None
+        if self.now - self.state.bake_started_at < self.rung.bake_s:
+            return False
+        return self._gates_hold() and self._may_grow()
+
+    def _gates_hold(self) -> bool:
+        waits = [result.gate for result in self.gates if result.verdict is not Verdict.ADVANCE]
+        if waits and self.state.phase is Phase.RUNNING:
+            self._set(reason=f"waits for {', '.join(waits)}")
+        return not waits
+
+    def _pass_wave(self) -> None:
+        self._note("wave_passed", f"{self._wave_name()} passed all gates", gates=self._figures())
+        self._next_wave(adds=True)
+
+    def _next_wave(self, *, adds: bool) -> None:
+        self._close_wave()
+        if self.state.wave + 1 < len(self.rung.waves):
+            self._set(wave=self.state.wave + 1)
+        elif self.state.rung + 1 < len(self.rungs):
+            self._set(rung=self.state.rung + 1, wave=0)
+        else:
+            self._finish()
+
+    def _close_wave(self) -> None:
+        self._set(
+            wave_phase=WavePhase.MOVING,
+            wave_opened_at=None,
+            bake_started_at=None,
+            unmeasured_since=None,
+            approved=False,
+        )
+
+    def _finish(self) -> None:
+        behind = [m for m in self.members.values() if m.state is MemberState.STRAGGLER]
+        moved = sum(m.state is MemberState.MOVED for m in self.members.values())
+        out = sum(m.state is MemberState.EXCLUDED for m in self.members.values())
+        reason = f"{format_devices(len(behind))} have not moved" if behind else ""
+        self._set(phase=Phase.FINISHED, reason=reason)
+        self._note(
+            "migration_finished",
+            f"finished: {format_devices(moved)} moved, {len(behind)} did not, {out} take no part",
+            moved=moved,
+            stragglers={member.device: member.reason for member in behind[:LISTED]},
+            stragglers_total=len(behind),
+            excluded=out,
+        )
+
+    def _see_wave_return(self) -> None:
+        if self.state.wave_phase is not WavePhase.RETURNING or self.state.returned_at is not None:
+            return
+        going = [m for m in self.members.values() if m.state is MemberState.RETURNING]
+        if any(self._online(member) for member in going) or (going and not self.seen.old_up):
+            return
+        self._set(returned_at=self.now)
+        self._note(
+            "wave_returned",
+            f"{self._wave_name()} has gone back"
+            + (f"; {format_devices(len(going))} cannot be reached" if going else ""),
+            unreached={member.device: member.reason for member in going[:LISTED]},
+        )
+
+    def _see_all_return(self) -> None:
+        going = [
+            member
+            for member in self.members.values()
+            if member.state is MemberState.RETURNING
+            or (member.state is MemberState.EXCLUDED and member.told_at and member.moved_at is None)
+        ]
+        if any(self._online(member) for member in going) or (going and not self.seen.old_up):
+            return
+        for member in going:
+            if member.state is MemberState.RETURNING:
+                self._straggler(member, member.reason or "has not been heard of since it was told to go back")
+        self._set(phase=Phase.REVERTED, returned_at=self.now)
+        back = sum(_back_at_start(member) for member in self.members.values())
+        self._note(
+            "migration_reverted",
+            f"reverted: {format_devices(back)} are back on the old side"
+            + (f", {len(going)} cannot be reached" if going else ""),
+            back=back,
+            unreached={member.device: member.reason for member in going[:LISTED]},
+            unreached_total=len(going),
+        )
+
+    # -- repeating -------------------------------------------------------------------------------------
+
+    def _tell_again(self) -> None:
+        """Repeat orders not yet obeyed: soon at first, then more slowly; at once to a device come online."""
+        last = self.state.told_again_at
+        if last is not None and self.now - last < TELL_AGAIN_S:
+            return
+        climbing = self.state.phase in (Phase.RUNNING, Phase.FINISHED) and self._sides_up()
+        again: list[Member] = []
+        afresh: list[Member] = []
+        for member in self.members.values():
+            if member.told_at is None or member.device in self.tells:
+                continue
+            seen = self.seen.devices.get(member.device, _NOTHING)
+            if not self._unanswered(member):
+                continue
+            if member.rung > 0 and member.state in (MemberState.MOVING, MemberState.STRAGGLER):
+                if not climbing:
+                    continue
+                if went_back(member, seen):
+                    # It stays back until an order of a newer epoch comes.
+                    if self.now - member.told_at >= self.rungs[member.rung].retry_after_s:
+                        afresh.append(member)
+                    continue
+            report = newest(seen)
+            other = report is not None and report.flags != self.rungs[member.rung].flags
+            if report is not None and other and report.epoch > member.epoch:
+                # It refuses our order as older than what it has obeyed since.
+                if not self._obeys_another(member, seen):
+                    afresh.append(member)
+            elif self._due(member, last):
+                again.append(member)
+        if not again and not afresh:
+            return
+        for member in again:
+            self.tells[member.device] = Tell(device=member.device, epoch=member.epoch, rung=member.rung)
+        for state in (MemberState.MOVING, MemberState.RETURNING, MemberState.EXCLUDED):
+            self._order((m for m in afresh if _as_told(m) is state), state=state)
+        self._set(told_again_at=self.now)
+
+    def _sides_up(self) -> bool:
+        return self.seen.old_up and self.seen.new_up
+
+    @staticmethod
+    def _unanswered(member: Member) -> bool:
+        if member.state is MemberState.EXCLUDED:
+            return member.moved_at is None
+        return member.state in (MemberState.MOVING, MemberState.RETURNING, MemberState.STRAGGLER)
+
+    def _due(self, member: Member, last: float | None) -> bool:
+        assert member.told_at is not None
+        before = max(last if last is not None else member.told_at, member.told_at)
+        since = self._since(member)
+        if self._online(member) and since is not None and since > before:
+            return True
+        return _repeats(self.now - member.told_at) > _repeats(before - member.told_at)
+
+    # -- small things ----------------------------------------------------------------------------------
+
+    def _set(self, **changes: Any) -> None:
+        self.state = replace(self.state, **changes)
+
+    def _put(self, member: Member, **changes: Any) -> Member:
+        after = replace(self.members[member.device], **changes)
+        self.members[member.device] = after
+        return after
+
+    def _of_wave(self) -> list[Member]:
+        """The devices that the open wave has raised."""
+        return [
+            member
+            for member in self.members.values()
+            if member.rung == self.state.rung
+            and member.wave == self.state.wave
+            and member.state in (MemberState.MOVING, MemberState.MOVED, MemberState.STRAGGLER)
+        ]
+
+    def _wave_name(self) -> str:
+        share = self.rung.waves[self.state.wave]
+        return f"{self.rung.name}, wave {self.state.wave + 1} of {len(self.rung.waves)} ({share})"
+
+    def _figures(self) -> dict[str, str]:
+        return {result.gate: result.why for result in self.gates}
+
+    def _note(self, kind: str, text: str, actor: str = "controller", **evidence: Any) -> None:
+        self.audit.append(AuditEntry(kind=kind, text=text, actor=actor, evidence=evidence))
+
+    def _note_devices(self, kind: str, what: str, members: Sequence[Member]) -> None:
+        if members:
+            first = members[0]
+            more = f" and {len(members) - 1} more" if len(members) > 1 else ""
+            why = f" ({first.reason})" if first.reason else ""
+            self._note(
+                kind,
+                f"{format_devices(len(members))} {what}: {first.device}{why}{more}",
+                devices={member.device: member.reason for member in members[:LISTED]},
+                total=len(members),
+            )
+
+
+def _as_told(member: Member) -> MemberState:
+    """The state of a device whose order is given afresh: a straggler is on its way again."""
+    if member.state is MemberState.STRAGGLER:
+        return MemberState.MOVING if member.rung > 0 else MemberState.RETURNING
+    return member.state
+
+
+def _back_at_start(member: Member) -> bool:
+    return member.rung == 0 and member.state is MemberState.RETURNED
+
+
+def _repeats(age_s: float) -> int:
+    """How often an order this old should have been repeated: after 5, 10, 20, 40 s, then every minute."""
+    doubling = int(math.log2(TELL_AGAIN_MOST_S / TELL_AGAIN_S)) + 1
+    if age_s < TELL_AGAIN_S:
+        return 0
+    return min(int(math.log2(age_s / TELL_AGAIN_S)) + 1, doubling) + int(age_s // TELL_AGAIN_MOST_S)
+
+
+def _coarse(seconds: float) -> float:
+    """Rounded to what a reader wants to know."""
+    if seconds < 120:
+        return round(max(seconds, 0))
+    return round(seconds / 60) * 60.0 if seconds < 7200 else round(seconds / 3600) * 3600.0
+
+
+def _some(devices: Iterable[str]) -> list[str]:
+    return list(devices)[:LISTED]
