@@ -5,7 +5,7 @@ Every function takes a connection and leaves transactions to its caller. Times a
 
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, date, datetime, timedelta
-from typing import Any
+from typing import Any, TypeAlias
 
 import asyncpg
 import msgspec
@@ -14,7 +14,7 @@ from fleetlift.core.delays import merge
 from fleetlift.core.telemetry import DeadLetter, Telemetry
 from fleetlift.store.paging import DEFAULT_LIMIT, Page, checked_limit, from_cursor, to_cursor
 
-Conn = asyncpg.Connection[Any] | asyncpg.pool.PoolConnectionProxy[Any]
+Conn: TypeAlias = "asyncpg.Connection[Any] | asyncpg.pool.PoolConnectionProxy[Any]"
 
 WINDOW_S = 10  # width of a receipt window
 
@@ -207,8 +207,20 @@ async def add_to_counters(conn: Conn, added: Mapping[tuple[str, str], float]) ->
         )
 
 
+async def set_gauges(conn: Conn, values: Mapping[tuple[str, str], float]) -> None:
+    """Set values by (name, path)."""
+    if values:
+        rows = sorted((name, path, value) for (name, path), value in values.items())
+        await conn.execute(
+            """INSERT INTO metric (name, path, value)
+               SELECT * FROM unnest($1::text[], $2::text[], $3::float8[])
+               ON CONFLICT (name, path) DO UPDATE SET value = EXCLUDED.value""",
+            *_columns(rows, 3),
+        )
+
+
 async def counters(conn: Conn) -> list[Counter]:
-    """Every counter, for /metrics. They outlive restarts."""
+    """Every counter (name ending in `_total`) and gauge, for /metrics. They outlive restarts."""
     found = await conn.fetch("SELECT name, path, value FROM metric ORDER BY name, path")
     return [Counter(r["name"], r["path"], r["value"]) for r in found]
 
@@ -360,8 +372,10 @@ async def drop_before(conn: Conn, day: date) -> list[date]:
     gone = [d for d in await days(conn) if d < day]
     for d in gone:
         await conn.execute(f"DROP TABLE {_partition(d)}")
+    # A clock that is far behind is no reason to forget a message early.
     await conn.execute(
-        "DELETE FROM telemetry_other WHERE ts < $1", datetime(day.year, day.month, day.day, tzinfo=UTC)
+        "DELETE FROM telemetry_other WHERE ts < $1 AND received_at < $1",
+        datetime(day.year, day.month, day.day, tzinfo=UTC),
     )
     return gone
 

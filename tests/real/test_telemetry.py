@@ -1,0 +1,344 @@
+"""From the log to the rows: stored once, never lost, whatever is killed in between."""
+
+import asyncio
+import contextlib
+import json
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+import asyncpg
+import pytest
+
+from fleetlift.backend import telemetry
+from fleetlift.backend.context import Context
+from fleetlift.core.errors import BadInput
+from fleetlift.core.telemetry import HEADER_RECEIVED, HEADER_SEQ, HEADER_TS
+from fleetlift.store import ledger, positions
+from fleetlift.store import telemetry as store
+
+NOW = time.time()
+
+
+async def eventually(check: Callable[[], Awaitable[Any]], *, within_s: float = 15.0) -> Any:
+    """The first true answer of `check`, asked again and again until the deadline."""
+    deadline = time.monotonic() + within_s
+    while True:
+        if answer := await check():
+            return answer
+        assert time.monotonic() < deadline, "it did not happen in time"
+        await asyncio.sleep(0.02)
+
+
+@contextlib.asynccontextmanager
+async def reading(ctx: Context) -> AsyncIterator[None]:
+    """A telemetry reader at work; killed at the end, without a chance to finish anything."""
+    task = asyncio.create_task(telemetry.run(ctx))
+    try:
+        yield
+    finally:
+        task.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await task
+
+
+async def publish(ctx: Context, topic: str, body: Any, headers: dict[str, str] | None = None) -> None:
+    payload = body if isinstance(body, bytes) else json.dumps(body).encode()
+    await ctx.publisher.to_log(topic, payload, headers or {"Nmqtt-Pub": "1"})
+
+
+async def publish_all(ctx: Context, device: str, seqs: range, channel: str = "gps") -> None:
+    await asyncio.gather(
+        *(publish(ctx, f"dt/{device}/{channel}", {"ts": NOW + n / 1000, "seq": n}) for n in seqs)
+    )
+
+
+async def stored(ctx: Context) -> int:
+    return int(await ctx.pool.fetchval("SELECT count(*) FROM telemetry"))
+
+
+async def caught_up(ctx: Context) -> None:
+    """Waits until rows and account have everything that the log holds."""
+
+    async def check() -> bool:
+        last = (await ctx.nc.jetstream().stream_info("$MQTT_msgs")).state.last_seq
+        async with ctx.pool.acquire() as conn:
+            found = [await positions.load(conn, name) for name in ("telemetry", "ledger")]
+        return all(at is not None and at[1] == last for at in found)
+
+    await eventually(check)
+
+
+async def test_a_message_of_the_log_becomes_a_row(ctx: Context) -> None:
+    """Device, channel, time, count and body come back as they were sent."""
+    async with reading(ctx):
+        await publish(ctx, "dt/car-1/gps/raw", b'{"ts": 1700000000.5, "seq": 7, "lat": 1.50}')
+        await caught_up(ctx)
+    async with ctx.pool.acquire() as conn:
+        [row] = (await store.read(conn, "car-1")).items
+    assert (row.channel, row.ts, row.seq, row.path) == ("gps/raw", 1_700_000_000.5, 7, "mqtt")
+    assert bytes(row.body) == b'{"ts": 1700000000.5, "seq": 7, "lat": 1.50}'
+    assert abs(row.received_at - time.time()) < 60
+
+
+async def test_a_message_by_two_paths_is_stored_once_and_the_ledger_sees_both(ctx: Context) -> None:
+    async with reading(ctx):
+        for n in (1, 2, 2, 4):
+            await publish(ctx, "dt/d1/gps", {"ts": NOW + n, "seq": n})
+        for n in (1, 2, 3):
+            headers = {HEADER_TS: repr(NOW + n), HEADER_SEQ: str(n), HEADER_RECEIVED: repr(NOW + n + 0.5)}
+            await publish(ctx, "feed/legacy/d1/gps", {"ts": NOW + n, "seq": n}, headers)
+        await caught_up(ctx)
+    assert await stored(ctx) == 4
+    async with ctx.pool.acquire() as conn:
+        legacy, mqtt = await ledger.rows(conn, devices=["d1"])
+        assert (mqtt.path, mqtt.ranges.to_pg(), mqtt.received, mqtt.doubles) == (
+            "mqtt",
+            "{[1,3),[4,5)}",
+            4,
+            1,
+        )
+        assert (legacy.path, legacy.ranges.to_pg(), legacy.received, legacy.doubles) == (
+            "legacy",
+            "{[1,4)}",
+            3,
+            0,
+        )
+        totals = {t.path: t.distinct for t in await ledger.totals(conn)}
+        assert totals == {"mqtt": 3, "legacy": 3}
+        n, counts = await store.messages_and_delays(
+            conn, devices=["d1"], path="legacy", since=NOW - 60, until=NOW + 60
+        )
+        assert n == sum(counts) == 3
+        assert await store.messages_by_device(conn, path="mqtt", since=NOW - 60, until=NOW + 60) == {"d1": 4}
+
+
+async def test_without_a_time_a_repetition_is_known_by_count_and_body(ctx: Context) -> None:
+    """The same count and body twice is one message; a counter that began again brings new ones."""
+    async with reading(ctx):
+        for body in ({"seq": 1, "v": 1}, {"seq": 1, "v": 1}, {"seq": 2, "v": 1}, {"seq": 1, "v": 9}):
+            await publish(ctx, "dt/d1/t", body)
+        await caught_up(ctx)
+        await publish(ctx, "dt/d1/t", {"seq": 2, "v": 1})
+        await caught_up(ctx)
+    assert await stored(ctx) == 3
+
+
+async def test_what_cannot_be_stored_is_a_dead_letter_with_the_reason(ctx: Context) -> None:
+    """Each unreadable message is kept with its reason, and those around it are stored."""
+    async with reading(ctx):
+        await publish(ctx, "dt/d1/x", {"seq": 1})
+        await publish(ctx, "dt/d1/x", b"not json")
+        await publish(ctx, "dt/d1/x", b'"' + b"x" * (256 * 1024) + b'"')
+        await publish(ctx, "dt/d1/x", {"seq": -1})
+        await publish(ctx, "dt/d1", {"seq": 1})
+        await publish(ctx, "dt/d1/x", {"seq": 2})
+        await caught_up(ctx)
+    assert await stored(ctx) == 2
+    async with ctx.pool.acquire() as conn:
+        letters = (await store.dead_letters(conn, device="d1")).items
+        assert [x.reason.split(":")[0] for x in letters] == ["topic", "seq", "body", "body"]
+        assert (letters[2].payload_bytes, len(letters[2].payload)) == (256 * 1024 + 2, 64 * 1024)
+        counted = {c.name: c.value for c in await store.counters(conn)}
+        assert counted["fleetlift_telemetry_dead_letters_total"] == 4
+        assert counted["fleetlift_telemetry_received_messages_total"] == 2
+        assert counted["fleetlift_telemetry_stored_messages_total"] == 2
+
+
+async def test_a_row_that_postgresql_refuses_does_not_stop_the_reader(ctx: Context) -> None:
+    """The one row is found among many and set aside; the rest of its batch is stored."""
+    await ctx.pool.execute(
+        "ALTER TABLE telemetry ADD CONSTRAINT no_poison CHECK (body::text NOT LIKE '%poison%')"
+    )
+    await publish_all(ctx, "d1", range(100))
+    await publish(ctx, "dt/d1/gps", {"ts": NOW, "seq": 500, "v": "poison"})
+    await publish(ctx, "dt/d1/t", {"seq": 1, "v": "fine"})
+    await publish(ctx, "dt/d1/t", {"seq": 1, "v": "poison"})
+    await publish_all(ctx, "d1", range(100, 200))
+    async with reading(ctx):
+        await caught_up(ctx)
+    assert await stored(ctx) == 201
+    async with ctx.pool.acquire() as conn:
+        letters = (await store.dead_letters(conn, device="d1")).items
+    assert [(x.topic, x.reason.split(":")[0]) for x in letters] == [
+        ("dt/d1/t", "database"),
+        ("dt/d1/gps", "database"),
+    ]
+
+
+async def test_strange_but_valid_json_is_stored(ctx: Context) -> None:
+    bodies = [
+        b'{"a":"\\u0000"}',
+        '{"a":"😀\\ud83d\\ude00"}'.encode(),
+        b'{"a":1,"a":2}',
+        b"[]",
+        b"1e300",
+        b"null",
+    ]
+    async with reading(ctx):
+        for body in bodies:
+            await publish(ctx, "dt/d1/x", body)
+        await caught_up(ctx)
+    async with ctx.pool.acquire() as conn:
+        items = (await store.read(conn, "d1")).items
+    assert [bytes(row.body) for row in items] == bodies
+
+
+async def test_readers_killed_in_mid_batch_lose_and_double_nothing(
+    ctx: Context, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rows, ledger, windows and counters are exact after a dozen readers were killed at odd moments."""
+    monkeypatch.setattr(telemetry, "BATCH_MAX", 150)
+    monkeypatch.setattr(telemetry, "LINGER_S", 0.0)
+    monkeypatch.setattr(telemetry, "ACCOUNT_AT_ONCE", 0)
+    monkeypatch.setattr(telemetry, "ACCOUNT_EVERY_S", 0.05)
+    devices, each = 10, 600
+
+    async def send() -> None:
+        for start in range(0, each, 50):
+            for d in range(devices):
+                await publish_all(ctx, f"d{d}", range(start, start + 50))
+            await publish(ctx, "dt/d0/gps", b"broken")
+            await publish_all(ctx, "d0", range(start, start + 10))
+
+    sending = asyncio.create_task(send())
+    for kill in range(12):
+        task = asyncio.create_task(telemetry.run(ctx))
+        await asyncio.sleep(0.05 + 0.03 * kill)
+        task.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await task
+    await sending
+    async with reading(ctx):
+        await caught_up(ctx)
+    rounds = each // 50
+    assert await stored(ctx) == devices * each
+    assert await ctx.pool.fetchval("SELECT count(*) FROM dead_letter") == rounds
+    async with ctx.pool.acquire() as conn:
+        rows = await ledger.rows(conn)
+        counted = {c.name: c.value for c in await store.counters(conn)}
+    assert {row.ranges.to_pg() for row in rows} == {f"{{[0,{each})}}"}
+    assert {row.device: (row.received, row.doubles) for row in rows} == {
+        f"d{d}": (each + (rounds * 10 if d == 0 else 0), rounds * 10 if d == 0 else 0) for d in range(devices)
+    }
+    assert await ctx.pool.fetchval("SELECT sum(messages) FROM receipt_window") == devices * each + rounds * 10
+    assert counted["fleetlift_telemetry_received_messages_total"] == devices * each + rounds * 10
+    assert counted["fleetlift_telemetry_stored_messages_total"] == devices * each
+    assert counted["fleetlift_telemetry_dead_letters_total"] == rounds
+
+
+async def test_only_one_process_reads_and_another_takes_over(ctx: Context) -> None:
+    """A second reader waits; when the first is killed it goes on where that one was."""
+    async with reading(ctx):
+        await publish_all(ctx, "d1", range(10))
+        await caught_up(ctx)
+        second = asyncio.create_task(telemetry.run(ctx))
+        await publish_all(ctx, "d1", range(10, 20))
+        await caught_up(ctx)
+    await publish_all(ctx, "d1", range(20, 30))
+    await caught_up(ctx)
+    second.cancel()
+    with contextlib.suppress(asyncio.CancelledError):
+        await second
+    assert await stored(ctx) == 30
+
+
+async def test_a_lost_database_connection_only_interrupts(ctx: Context) -> None:
+    async with reading(ctx):
+        await publish_all(ctx, "d1", range(50))
+        await caught_up(ctx)
+        with contextlib.suppress(asyncpg.PostgresError, asyncpg.InterfaceError, OSError):
+            await ctx.pool.execute(
+                "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = current_database()"
+            )
+        await publish_all(ctx, "d1", range(50, 100))
+
+        async def check() -> bool:
+            with contextlib.suppress(asyncpg.PostgresError, asyncpg.InterfaceError, OSError):
+                return await stored(ctx) == 100
+            return False
+
+        await eventually(check)
+
+
+async def test_a_log_made_anew_is_read_from_its_beginning(ctx: Context) -> None:
+    async with reading(ctx):
+        await publish_all(ctx, "d1", range(20))
+        await caught_up(ctx)
+    js = ctx.nc.jetstream()
+    config = (await js.stream_info("$MQTT_msgs")).config
+    await js.delete_stream("$MQTT_msgs")
+    await js.add_stream(config)
+    async with reading(ctx):
+        await publish_all(ctx, "d1", range(20, 25))
+        await caught_up(ctx)
+    assert await stored(ctx) == 25
+
+
+async def test_each_day_has_its_partition_and_far_off_clocks_share_one(ctx: Context) -> None:
+    """Partitions are made ahead and when needed; rows that waited for their day move there."""
+    today = datetime.now(UTC)
+    async with reading(ctx):
+        for days_off in (-400, -20, 0, 1, 500):
+            await publish(ctx, "dt/d1/x", {"ts": (today + timedelta(days=days_off)).timestamp(), "seq": 1})
+        await caught_up(ctx)
+    by_table = {
+        r["t"]: r["n"]
+        for r in await ctx.pool.fetch(
+            "SELECT tableoid::regclass::text AS t, count(*) AS n FROM telemetry GROUP BY 1"
+        )
+    }
+    names = [f"telemetry_{today + timedelta(days=d):%Y%m%d}" for d in (-20, 0, 1)]
+    assert by_table == {"telemetry_other": 2, **dict.fromkeys(names, 1)}
+    async with ctx.pool.acquire() as conn, conn.transaction():
+        assert await store.make_day(conn, (today + timedelta(days=500)).date()) == 1
+    assert await ctx.pool.fetchval("SELECT count(*) FROM telemetry_other") == 1
+    assert await stored(ctx) == 5
+
+
+async def test_old_days_are_dropped_whole(ctx: Context) -> None:
+    today = datetime.now(UTC).date()
+    async with ctx.pool.acquire() as conn, conn.transaction():
+        for back in (40, 31, 30):
+            await store.make_day(conn, today - timedelta(days=back))
+    async with reading(ctx):
+        await publish(ctx, "dt/d1/x", {"ts": 5, "seq": 1})
+        await caught_up(ctx)
+    async with ctx.pool.acquire() as conn:
+        days = await store.days(conn)
+    assert min(days) == today - timedelta(days=ctx.settings.telemetry_keep_days)
+    assert await stored(ctx) == 1, "a clock that is far behind is no reason to forget a message"
+
+
+async def test_telemetry_is_read_back_in_order_by_pages(ctx: Context) -> None:
+    """Oldest or newest first, by channel and time, each message on exactly one page."""
+    async with reading(ctx):
+        for n in range(20):
+            await publish(ctx, f"dt/d1/{'ab'[n % 2]}", {"ts": NOW + n // 4, "seq": n})
+        await publish(ctx, "dt/d2/a", {"ts": NOW, "seq": 99})
+        await caught_up(ctx)
+    async with ctx.pool.acquire() as conn:
+
+        async def walk(**how: Any) -> list[int | None]:
+            seqs, after = [], None
+            while True:
+                page = await store.read(conn, "d1", limit=3, after=after, **how)
+                assert len(page.items) <= 3
+                seqs += [row.seq for row in page.items]
+                if page.next is None:
+                    return seqs
+                after = page.next
+
+        forth = await walk()
+        assert sorted(n for n in forth if n is not None) == list(range(20))
+        assert [n // 4 for n in forth if n is not None] == sorted(n // 4 for n in range(20))
+        assert await walk(newest=True) == forth[::-1]
+        assert await walk(channel="a") == list(range(0, 20, 2))
+        assert await walk(channel="a", since=NOW + 1, until=NOW + 3) == [4, 6, 8, 10]
+        assert [(row.channel, row.seq) for row in await store.latest(conn, "d1")] == [("a", 18), ("b", 19)]
+        assert (await store.read(conn, "nobody")).items == []
+        with pytest.raises(BadInput, match="cursor"):
+            await store.read(conn, "d1", after="nonsense")
+        with pytest.raises(BadInput, match="limit"):
+            await store.read(conn, "d1", limit=0)
