@@ -7,11 +7,19 @@ from typing import Any
 import asyncpg
 import msgspec
 import pytest
+import pytest_asyncio
 
 from fleetlift.backend.context import Context, open_context
 from fleetlift.config import Settings
 from fleetlift.store.pool import open_pool
-from fleetlift.testing import LoopThread, TestNats, TestPostgres, scratch_directory
+from fleetlift.testing import (
+    LoopThread,
+    RunningBackend,
+    TestNats,
+    TestPostgres,
+    running_backend,
+    scratch_directory,
+)
 
 
 @pytest.fixture(scope="session")
@@ -74,3 +82,11 @@ async def ctx(settings: Settings) -> AsyncIterator[Context]:
         yield context
         context.stop.set()
         await asyncio.sleep(0)
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def backend() -> AsyncIterator[RunningBackend]:
+    """A whole `fleetlift serve` in a process of its own, for the tests of one module."""
+    with scratch_directory() as directory:
+        async with running_backend(directory / "data") as running:
+            yield running

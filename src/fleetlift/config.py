@@ -149,6 +149,16 @@ def load_run(data_dir: str | Path) -> Settings:
         raise BadInput(f"{path} cannot be read ({problem}): start `fleetlift serve` again") from problem
 
 
+def read_env(path: Path) -> dict[str, str]:
+    """NAME=value lines of a file; empty when there is none."""
+    if not path.exists():
+        return {}
+    pairs = (
+        line.partition("=") for line in path.read_text().splitlines() if line and not line.startswith("#")
+    )
+    return {name.strip(): value.strip() for name, _, value in pairs}
+
+
 def split_address(text: str) -> tuple[str, int]:
     """`host:port` or `[v6]:port` as (host, port). Raises BadInput."""
     host, colon, port = text.rpartition(":")

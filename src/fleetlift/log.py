@@ -3,24 +3,23 @@
 import logging
 import os
 import sys
-from typing import cast
+from typing import TextIO, cast
 
 import structlog
 
 LEVELS = {"debug": logging.DEBUG, "info": logging.INFO, "warning": logging.WARNING, "error": logging.ERROR}
 
 
-def configure(*, level: str = "info", role: str = "") -> None:
-    """Set up logging for this process. `level`: debug, info, warning or error. `role` is on every line."""
+def configure(*, level: str = "info", role: str = "", file: TextIO | None = None) -> None:
+    """Set up logging for this process. `level`: debug, info, warning or error. `role` is on every line.
+
+    `file` instead of standard error is for a process whose screen belongs to people.
+    """
+    output = file or sys.stderr
     threshold = LEVELS.get(level, logging.INFO)
     # Libraries speak through the standard module: only what they call a warning is worth a line.
     logging.basicConfig(
-        stream=sys.stderr, level=max(threshold, logging.WARNING), format="%(name)s: %(message)s"
-    )
-    renderer = (
-        structlog.dev.ConsoleRenderer()
-        if sys.stderr.isatty()
-        else structlog.processors.JSONRenderer(default=str)
+        stream=output, level=max(threshold, logging.WARNING), format="%(name)s: %(message)s", force=True
     )
     structlog.configure(
         processors=[
@@ -29,11 +28,14 @@ def configure(*, level: str = "info", role: str = "") -> None:
             structlog.processors.TimeStamper(fmt="iso", utc=True),
             structlog.processors.StackInfoRenderer(),
             structlog.processors.format_exc_info,
-            renderer,
+            structlog.dev.ConsoleRenderer()
+            if output.isatty()
+            else structlog.processors.JSONRenderer(default=str),
         ],
         wrapper_class=structlog.make_filtering_bound_logger(threshold),
-        logger_factory=structlog.PrintLoggerFactory(file=sys.stderr),
-        cache_logger_on_first_use=True,
+        logger_factory=structlog.PrintLoggerFactory(file=output),
+        # Loggers are made at import, before a program has said where to log.
+        cache_logger_on_first_use=False,
     )
     structlog.contextvars.clear_contextvars()
     if role:
@@ -41,5 +43,9 @@ def configure(*, level: str = "info", role: str = "") -> None:
 
 
 def get_logger(name: str) -> structlog.stdlib.BoundLogger:
-    """A logger whose events carry the module's name. `await` is never needed."""
+    """A logger whose events carry the module's name."""
     return cast("structlog.stdlib.BoundLogger", structlog.get_logger(module=name))
+
+
+# Until a program says otherwise: warnings only, and never into what it prints.
+configure(level="warning")

@@ -87,7 +87,7 @@ class Supervised:
         self._keeper: asyncio.Task[None] | None = None
         self._first_ready: asyncio.Future[None] | None = None
         self._going = False
-        self.on_restart: Callable[[str, int | None], None] | None = None
+        self.on_death: Callable[[str, float], None] | None = None  # (what happened, seconds until the next)
 
     @property
     def pid(self) -> int | None:
@@ -165,8 +165,8 @@ class Supervised:
             self.restarts += 1
             pause_s = min(BACKOFF_MAX_S, BACKOFF_FIRST_S * 2 ** (failures - 1))
             log.warning("child_died", child=self.spec.name, problem=problem, restart_in_s=pause_s)
-            if self.on_restart is not None:
-                self.on_restart(self.spec.name, self._process.returncode if self._process else None)
+            if self.on_death is not None:
+                self.on_death(problem, pause_s)
             await asyncio.sleep(pause_s)
 
     async def _become_ready(self, process: subprocess.Popen[bytes]) -> str:
@@ -211,7 +211,7 @@ class Supervised:
                 user=run_as.uid if switch and run_as is not None else None,
                 group=run_as.gid if switch and run_as is not None else None,
                 extra_groups=[] if switch else None,
-                preexec_fn=_before_exec(os.getpid(), spec.orphan_signal, run_as),
+                preexec_fn=before_exec(os.getpid(), spec.orphan_signal, run_as),
             )
 
     def _tell_go(self) -> None:
@@ -242,7 +242,7 @@ class Supervised:
             future.exception()
 
 
-def _before_exec(parent: int, orphan_signal: int, run_as: RunAs | None) -> Callable[[], None] | None:
+def before_exec(parent: int, orphan_signal: int, run_as: RunAs | None = None) -> Callable[[], None] | None:
     """What the child does between fork and exec. Only calls into the kernel: no locks, no imports."""
     libc = _libc
     if libc is None:
@@ -285,7 +285,7 @@ def run_once(command: Sequence[str], *, run_as: RunAs | None, timeout_s: float =
             user=run_as.uid if switch and run_as is not None else None,
             group=run_as.gid if switch and run_as is not None else None,
             extra_groups=[] if switch else None,
-            preexec_fn=_before_exec(os.getpid(), signal.SIGKILL, run_as),
+            preexec_fn=before_exec(os.getpid(), signal.SIGKILL, run_as),
             cwd="/",
             check=False,
         )
@@ -314,13 +314,10 @@ async def _exit_status(process: subprocess.Popen[bytes]) -> int:
         except OSError:
             pass
         else:
-            ended = loop.create_future()
-            loop.add_reader(handle, lambda: ended.done() or ended.set_result(None))
+            ended = asyncio.Event()
+            loop.add_reader(handle, ended.set)
             try:
-                while process.poll() is None:
-                    await asyncio.wait([ended], timeout=5.0)
-                    if ended.done() and process.poll() is None:
-                        await asyncio.sleep(0.005)
+                await ended.wait()
             finally:
                 loop.remove_reader(handle)
                 os.close(handle)

@@ -5,12 +5,15 @@ Everything is on loopback, on free ports, in directories that go away.
 
 import asyncio
 import contextlib
+import os
 import shutil
 import signal
 import socket
+import subprocess
+import sys
 import tempfile
 import threading
-from collections.abc import Coroutine, Iterator
+from collections.abc import AsyncIterator, Coroutine, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
@@ -20,9 +23,11 @@ import msgspec
 
 from fleetlift.bus.connect import connected, ensure_log
 from fleetlift.bus.embedded import EmbeddedNats, NatsSecrets, random_database_password
-from fleetlift.config import Settings
+from fleetlift.config import Settings, load_run, read_env, split_address
+from fleetlift.core.errors import Unavailable
 from fleetlift.store.embedded import EmbeddedPostgres
 from fleetlift.store.migrate import migrate
+from fleetlift.supervise import before_exec, log_tail
 
 T = TypeVar("T")
 
@@ -141,3 +146,94 @@ class TestNats:
         # Nothing in it is needed again, and a graceful stop of JetStream takes its time.
         self.server.child.spec = msgspec.structs.replace(self.server.child.spec, stop_signal=signal.SIGKILL)
         await self.server.stop()
+
+
+class RunningBackend:
+    """A `fleetlift serve` in a process of its own."""
+
+    def __init__(self, data_dir: Path, arguments: list[str], environment: Mapping[str, str]) -> None:
+        self.data_dir = data_dir
+        self._arguments = arguments
+        self._environment = environment
+        self._process: subprocess.Popen[bytes] | None = None
+        self.settings = Settings(data_dir=str(data_dir))
+        self.token = ""
+        self.url = ""  # of the API, without a final slash
+        self.mqtt = ("127.0.0.1", 0)
+
+    @property
+    def pid(self) -> int:
+        assert self._process is not None
+        return self._process.pid
+
+    @property
+    def output(self) -> Path:
+        """What it printed."""
+        return self.data_dir.with_name(self.data_dir.name + ".out")
+
+    async def start(self, *, within_s: float = 60.0) -> None:
+        """Start it and wait until it is ready. Raises Unavailable with what it printed."""
+        command = [sys.executable, "-m", "fleetlift.cli.main", "serve", "--data", str(self.data_dir)]
+        with self.output.open("wb") as output:
+            self._process = subprocess.Popen(  # noqa: ASYNC220 - a fork, then it is polled
+                [*command, *self._arguments],
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                env={**os.environ, **self._environment},
+                start_new_session=True,
+                preexec_fn=before_exec(os.getpid(), signal.SIGTERM),
+            )
+        deadline = asyncio.get_running_loop().time() + within_s
+        while not any(line.startswith("ready") for line in self.output.read_text().splitlines()):
+            if self._process.poll() is not None or asyncio.get_running_loop().time() > deadline:
+                text = log_tail(self.output, 30)
+                await self.kill()
+                raise Unavailable(f"fleetlift serve did not become ready:\n{text}")
+            await asyncio.sleep(0.02)
+        self.settings = load_run(self.data_dir)
+        self.url = self.settings.http_url
+        self.mqtt = split_address(self.settings.mqtt or self.settings.mqtts)
+        self.token = read_env(self.data_dir / "admin.env")["FLEETLIFT_TOKEN"]
+
+    async def stop(self, *, within_s: float = 60.0) -> int:
+        """Stop it by SIGTERM and return its exit status; SIGKILL when it takes too long."""
+        process = self._process
+        assert process is not None
+        if process.poll() is None:
+            process.terminate()
+        deadline = asyncio.get_running_loop().time() + within_s
+        while (status := process.poll()) is None:
+            if asyncio.get_running_loop().time() > deadline:
+                process.kill()
+            await asyncio.sleep(0.02)
+        return status
+
+    async def kill(self) -> None:
+        """SIGKILL the parent; its children are then stopped by the kernel."""
+        assert self._process is not None
+        if self._process.poll() is None:
+            self._process.kill()
+        await asyncio.to_thread(self._process.wait)
+
+
+@contextlib.asynccontextmanager
+async def running_backend(
+    data_dir: Path,
+    *,
+    http: str = "127.0.0.1:0",
+    mqtt: str = "127.0.0.1:0",
+    arguments: Sequence[str] = (),
+    environment: Mapping[str, str] | None = None,
+) -> AsyncIterator[RunningBackend]:
+    """A whole backend on `data_dir`, ready inside the block, stopped cleanly behind it.
+
+    Addresses with port 0 pick free ports; see `url`, `mqtt`, `token`, `settings` of what is yielded.
+    """
+    listen = ["--http", http, *(["--mqtt", mqtt] if mqtt else [])]
+    backend = RunningBackend(data_dir, [*listen, *arguments], environment or {})
+    try:
+        await backend.start()
+        yield backend
+    finally:
+        await backend.stop()

@@ -3,7 +3,7 @@
 import asyncio
 
 from fleetlift.backend.context import Context
-from fleetlift.bus.log import read
+from fleetlift.bus.log import LogMessage, read
 
 
 async def test_what_was_stored_is_read_in_order_and_once(ctx: Context) -> None:
@@ -14,7 +14,7 @@ async def test_what_was_stored_is_read_in_order_and_once(ctx: Context) -> None:
             for n in range(3000)
         )
     )
-    seen = []
+    seen: list[LogMessage] = []
     async for batch in read(ctx.settings, after=None, filters=["feed.>"], name="t", until_end=True):
         assert batch.position.seq == batch[-1].seq
         seen += batch

@@ -8,7 +8,7 @@ device's own credentials leaves alone. Secrets are hashed before they reach the 
 import asyncio
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
 import asyncpg
 import msgspec
@@ -25,7 +25,7 @@ from fleetlift.store import devices as store
 from fleetlift.store.devices import Device, DeviceRow, StoredCredential, Tenant
 from fleetlift.store.paging import DEFAULT_LIMIT, Page
 
-Conn = asyncpg.Connection[Any] | asyncpg.pool.PoolConnectionProxy[Any]
+Conn: TypeAlias = "asyncpg.Connection[Any] | asyncpg.pool.PoolConnectionProxy[Any]"
 
 MAX_CREDENTIALS = 8
 MAX_SECRET_CHARS = 1024

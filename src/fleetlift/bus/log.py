@@ -78,8 +78,9 @@ async def read(
     """Batches of the messages after position `after` (None: from the beginning), for ever.
 
     `filters` are NATS subjects of topics, without `$MQTT.msgs.` (`dt.>`). A batch is handed out when
-    `batch_max` messages are there, or `linger_s` after its first. A server that goes away is waited for. When the stream
-    was made anew, reading begins at its first message. With `until_end`, ends once nothing is left to read.
+    `batch_max` messages are there, or `linger_s` after its first. A server that goes away is waited for.
+    When the stream was made anew, reading begins at its first message. With `until_end`, ends once nothing is
+    left to read.
     """
     start = LogPosition(*after) if isinstance(after, tuple) else after
     source = _Source(settings, filters, name, start, batch_max)

@@ -5,7 +5,7 @@ travels as text.
 """
 
 from collections.abc import AsyncIterator, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import asyncpg
 import msgspec
@@ -13,7 +13,7 @@ import msgspec
 from fleetlift.core import where as conditions
 from fleetlift.store.paging import DEFAULT_LIMIT, MAX_LIMIT, Page, checked_limit, from_cursor, to_cursor
 
-Conn = asyncpg.Connection[Any] | asyncpg.pool.PoolConnectionProxy[Any]
+Conn: TypeAlias = "asyncpg.Connection[Any] | asyncpg.pool.PoolConnectionProxy[Any]"
 
 # Told by NOTIFY, with a JSON list of device ids: credentials these devices may be connected with are gone.
 REVOKED_CHANNEL = "device_revoked"

