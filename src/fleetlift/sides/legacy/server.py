@@ -106,6 +106,12 @@ class LegacyServer:
         """How many devices are signed in."""
         return len(self._devices)
 
+    @property
+    def buffered_bytes(self) -> int:
+        """What is held in memory: received and not yet stored, and written and not yet read by peers."""
+        unread = sum(link.transport.get_write_buffer_size() for link in self._links if not link.closed)
+        return self._pending_bytes + unread
+
     # ---- start and stop ------------------------------------------------------------------------------
 
     async def __aenter__(self) -> Self:
