@@ -166,11 +166,13 @@ CREATE TABLE command_path (
     status           text NOT NULL,
     attempts         integer NOT NULL DEFAULT 0,
     created_at       timestamptz NOT NULL,
-    sent_at          timestamptz,
+    sent_at          timestamptz,                  -- of the first copy: latency counts from here
+    resent_at        timestamptz,                  -- of the newest copy, when there was more than one
     acknowledged_at  timestamptz,
     ended_at         timestamptz,
     detail           jsonb NOT NULL DEFAULT '{}',
     PRIMARY KEY (command, path)
 );
 CREATE INDEX command_path_open ON command_path (path, device) WHERE ended_at IS NULL;
+CREATE INDEX command_path_queued ON command_path (path, created_at) WHERE status = 'queued';
 CREATE INDEX command_path_device ON command_path (device, created_at);

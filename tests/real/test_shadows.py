@@ -1,0 +1,344 @@
+"""Shadows over real MQTT, a real log and a real database."""
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import Any
+
+import msgspec
+import pytest
+from mqtt_device import Device, until
+
+from fleetlift.backend import shadows
+from fleetlift.backend.context import Context, open_context
+from fleetlift.config import Settings
+from fleetlift.core.errors import BadInput, Conflict, NotFound
+from fleetlift.core.shadow import ShadowKey
+from fleetlift.store import shadows as store
+
+
+@contextlib.asynccontextmanager
+async def serving(
+    ctx: Context, run: Callable[[Context], Awaitable[None]] = shadows.run
+) -> AsyncIterator[None]:
+    """The service at work; cancelled at the end."""
+
+    async def work() -> None:
+        await run(ctx)
+
+    task = asyncio.create_task(work())
+    try:
+        yield
+    finally:
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+
+
+@pytest.fixture
+async def service(ctx: Context) -> AsyncIterator[None]:
+    async with serving(ctx):
+        yield
+
+
+@contextlib.asynccontextmanager
+async def device(settings: Settings, name: str, **options: Any) -> AsyncIterator[Device]:
+    made = await Device(settings, name, **options).connect()
+    try:
+        yield made
+    finally:
+        made.close()
+
+
+async def test_a_device_updates_reads_and_deletes_its_shadow(service: None, settings: Settings) -> None:
+    async with device(settings, "lamp") as lamp:
+        base = "$aws/things/lamp/shadow"
+        await lamp.subscribe(f"{base}/get/+", f"{base}/update/+", f"{base}/delete/+")
+        await lamp.publish(f"{base}/get", b"")
+        assert await lamp.receive("get/rejected") == {
+            "code": 404,
+            "message": "No shadow exists with name: 'lamp'",
+        }
+        await lamp.publish(f"{base}/update", {"state": {"desired": {"led": "off"}}, "clientToken": "t"})
+        accepted = await lamp.receive("update/accepted")
+        assert (accepted["version"], accepted["clientToken"]) == (1, "t")
+        assert (await lamp.receive("update/delta"))["state"] == {"led": "off"}
+        assert (await lamp.receive("update/documents"))["current"]["version"] == 1
+        await lamp.publish(f"{base}/update", {"state": {"reported": {"led": "off"}}})
+        assert (await lamp.receive("update/accepted", count=2))["version"] == 2
+        await lamp.publish(f"{base}/update", {"state": {"reported": 3}})
+        assert (await lamp.receive("update/rejected"))["message"] == "Reported node must be an object"
+        await lamp.publish(f"{base}/get", b"")
+        assert (await lamp.receive("get/accepted"))["state"] == {
+            "desired": {"led": "off"},
+            "reported": {"led": "off"},
+        }
+        await lamp.publish(f"{base}/delete", b"")
+        assert (await lamp.receive("delete/accepted"))["version"] == 2
+        assert len(lamp.bodies("update/delta")) == 1
+
+
+async def test_requests_by_qos_0_are_answered_too(service: None, settings: Settings) -> None:
+    async with device(settings, "lamp") as lamp:
+        base = "$aws/things/lamp/shadow/name/fleetlift"
+        await lamp.subscribe(f"{base}/update/accepted", qos=0)
+        await lamp.publish(f"{base}/update", {"state": {"reported": {"a": 1}}}, qos=0)
+        assert (await lamp.receive("update/accepted"))["version"] == 1
+
+
+async def test_named_and_classic_shadows_are_apart(service: None, ctx: Context, settings: Settings) -> None:
+    async with device(settings, "lamp") as lamp:
+        for name in ("", "/name/config", "/name/$net:1"):
+            await lamp.subscribe(f"$aws/things/lamp/shadow{name}/update/accepted")
+            await lamp.publish(f"$aws/things/lamp/shadow{name}/update", {"state": {"reported": {"n": name}}})
+            await lamp.receive(f"shadow{name}/update/accepted")
+    assert (await shadows.get_shadow(ctx, "lamp", "config")).state == {"reported": {"n": "/name/config"}}
+    assert (await shadows.get_shadow(ctx, "lamp")).state == {"reported": {"n": ""}}
+    assert list((await shadows.list_named(ctx, "lamp")).items) == ["$net:1", "config"]
+    first = await shadows.list_named(ctx, "lamp", limit=1)
+    assert list((await shadows.list_named(ctx, "lamp", limit=1, after=first.next)).items) == ["config"]
+
+
+async def test_a_caller_s_update_reaches_the_device(service: None, ctx: Context, settings: Settings) -> None:
+    async with device(settings, "lamp") as lamp:
+        await lamp.subscribe("$aws/things/lamp/shadow/update/delta")
+        accepted = await shadows.update_shadow(ctx, "lamp", "", {"state": {"desired": {"led": "on"}}})
+        assert accepted.version == 1
+        assert (await lamp.receive("update/delta"))["state"] == {"led": "on"}
+    with pytest.raises(Conflict, match="Version conflict"):
+        await shadows.update_shadow(ctx, "lamp", "", {"state": {}, "version": 7})
+    with pytest.raises(BadInput, match="Missing required node: state"):
+        await shadows.update_shadow(ctx, "lamp", "", {})
+    with pytest.raises(BadInput, match="maximum size") as caught:
+        await shadows.update_shadow(ctx, "lamp", "", {"state": {"desired": {"a": "x" * 70_000}}})
+    assert caught.value.status == 413
+    assert (await shadows.delete_shadow(ctx, "lamp")).version == 1
+    with pytest.raises(NotFound):
+        await shadows.get_shadow(ctx, "lamp")
+    with pytest.raises(NotFound):
+        await shadows.delete_shadow(ctx, "lamp")
+    with pytest.raises(BadInput, match="shadow name"):
+        await shadows.get_shadow(ctx, "lamp", "no/slash")
+
+
+async def test_a_desired_change_waits_for_a_device_that_is_away(ctx: Context, settings: Settings) -> None:
+    """A persistent session is given the delta when it comes back, and a get shows it to any device."""
+    async with serving(ctx), device(settings, "lamp", clean=False) as lamp:
+        await lamp.subscribe("$aws/things/lamp/shadow/update/delta")
+    await shadows.update_shadow(ctx, "lamp", "", {"state": {"desired": {"led": "on"}}})
+    async with serving(ctx), device(settings, "lamp", clean=False) as lamp:
+        assert (await lamp.receive("update/delta"))["state"] == {"led": "on"}
+
+
+async def test_updates_sent_while_the_service_was_down_are_applied_once(
+    ctx: Context, settings: Settings
+) -> None:
+    """What had its PUBACK is in the log: applied in order when the service is back, and never again."""
+    base = "$aws/things/lamp/shadow"
+    async with device(settings, "lamp") as lamp:
+        for n in range(20):
+            await lamp.publish(f"{base}/update", {"state": {"reported": {"n": n}}})
+        for _ in range(3):
+            async with serving(ctx):
+                await lamp.subscribe(f"{base}/get/accepted")
+                before = len(lamp.bodies("get/accepted"))
+                await lamp.publish(f"{base}/get", b"")
+                seen = await lamp.receive("get/accepted", count=before + 1)
+                assert (seen["version"], seen["state"]) == (20, {"reported": {"n": 19}})
+
+
+async def test_a_service_cancelled_again_and_again_applies_every_update_exactly_once(
+    ctx: Context, settings: Settings
+) -> None:
+    """The version counts accepted updates: after any number of interruptions it equals what was sent."""
+    names = [f"d{n}" for n in range(5)]
+    async with device(settings, "sender") as sender:
+        mids: list[int] = []
+
+        async def send() -> None:
+            for n in range(60):
+                for name in names:
+                    mids.extend(
+                        sender.publish_many(
+                            f"$aws/things/{name}/shadow/update", [{"state": {"reported": {"n": n}}}]
+                        )
+                    )
+                await asyncio.sleep(0.01)
+
+        sending = asyncio.create_task(send())
+        for _ in range(8):
+            async with serving(ctx):
+                await asyncio.sleep(0.1)
+        await sending
+        await sender.confirmed(mids)
+        async with serving(ctx):
+            await _all_versions(ctx, names, 60)
+
+
+async def _all_versions(ctx: Context, names: list[str], version: int) -> None:
+    keys = [ShadowKey(name) for name in names]
+    held: dict[ShadowKey, Any] = {}
+    for _ in range(500):
+        async with ctx.pool.acquire() as conn:
+            held = await store.load(conn, keys)
+        if len(held) == len(keys) and all(shadow.version >= version for shadow in held.values()):
+            break
+        await asyncio.sleep(0.02)
+    assert {shadow.version for shadow in held.values()} == {version}
+
+
+async def test_writers_in_several_processes_lose_no_update(ctx: Context, settings: Settings) -> None:
+    """The log's reader, the API and orders write the same shadows at once; each update counts."""
+    names = [f"d{n}" for n in range(4)]
+    async with serving(ctx), open_context(settings, name="other") as other, device(settings, "s") as sender:
+        mids = [
+            mid
+            for n in range(30)
+            for name in names
+            for mid in sender.publish_many(
+                f"$aws/things/{name}/shadow/update", [{"state": {"reported": {"n": n}}}]
+            )
+        ]
+
+        async def call(by: Context, key: str) -> None:
+            for n in range(30):
+                for name in names:
+                    await shadows.update_shadow(by, name, "", {"state": {"desired": {key: n}}})
+
+        async def orders() -> None:
+            for n in range(30):
+                assert not await shadows.set_desired_many(
+                    other, {name: {"order": n} for name in names}, name=""
+                )
+
+        await asyncio.gather(call(ctx, "a"), call(other, "b"), orders())
+        await sender.confirmed(mids)
+        await _all_versions(ctx, names, 120)
+
+
+async def test_orders_replace_desired_as_a_whole_and_repeating_changes_no_version(
+    service: None, ctx: Context, settings: Settings
+) -> None:
+    async with device(settings, "car-1") as car:
+        base = "$aws/things/car-1/shadow/name/fleetlift/update"
+        await car.subscribe(f"{base}/delta")
+        await shadows.set_desired_many(ctx, {"car-1": {"epoch": 1, "credential": "s", "flags": {"a": 1}}})
+        await shadows.set_desired_many(ctx, {"car-1": {"epoch": 2, "flags": {"b": 2}}})
+        assert (await car.receive("delta", count=2))["state"] == {"epoch": 2, "flags": {"b": 2}}
+        await shadows.set_desired_many(ctx, {"car-1": {"epoch": 2, "flags": {"b": 2}}})
+        again = await car.receive("delta", count=3)
+        assert (again["version"], again["state"]) == (2, {"epoch": 2, "flags": {"b": 2}})
+        refusals = await shadows.set_desired_many(
+            ctx,
+            {"car-1": {"epoch": 1}, "car-2": {"epoch": 1}},
+            refuse=lambda name, held: "older epoch" if held and held["epoch"] == 2 else None,
+        )
+        assert refusals == {"car-1": "older epoch"}
+    held = await shadows.named_shadows(ctx)
+    assert {name: shadow.desired for name, shadow in held.items()} == {
+        "car-1": {"epoch": 2, "flags": {"b": 2}},
+        "car-2": {"epoch": 1},
+    }
+
+
+async def test_one_request_that_cannot_be_stored_is_set_aside_and_the_others_are_kept(
+    ctx: Context, settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save = store.save
+
+    async def refusing(conn: Any, changed: Any) -> None:
+        if any(key.device == "bad" for key in changed):
+            raise ValueError("this cannot be stored")
+        await save(conn, changed)
+
+    monkeypatch.setattr(store, "save", refusing)
+    async with device(settings, "s") as sender:
+        for name in ("d1", "bad", "d2", "d3"):
+            await sender.publish(f"$aws/things/{name}/shadow/update", {"state": {"reported": {"a": 1}}})
+        async with serving(ctx):
+            await _all_versions(ctx, ["d1", "d2", "d3"], 1)
+    async with ctx.pool.acquire() as conn:
+        assert await conn.fetchval("SELECT topic FROM dead_letter") == "$aws/things/bad/shadow/update"
+
+
+async def test_the_service_ends_when_told_to_stop(ctx: Context) -> None:
+    task = asyncio.create_task(shadows.run(ctx))
+    await asyncio.sleep(0.2)
+    ctx.stop.set()
+    await asyncio.wait_for(task, 5.0)
+
+
+async def test_the_aws_sdk_s_own_shadow_client(service: None, settings: Settings) -> None:
+    """get (404), update and its delta with `awsiot.iotshadow.IotShadowClient`, unmodified."""
+    from awscrt import mqtt
+    from awsiot import iotshadow
+
+    host, port = settings.mqtt.rsplit(":", 1)
+    connection = mqtt.Connection(
+        client=mqtt.Client(),
+        host_name=host,
+        port=int(port),
+        client_id="lamp",
+        clean_session=True,
+        username=settings.nats_svc_user,
+        password=settings.nats_svc_password,
+    )
+
+    async def done(future: Any) -> Any:
+        return await asyncio.wait_for(asyncio.wrap_future(future), 10.0)
+
+    await done(connection.connect())
+    client = iotshadow.IotShadowClient(connection)
+    errors: list[Any] = []
+    accepted: list[Any] = []
+    deltas: list[Any] = []
+    qos = mqtt.QoS.AT_LEAST_ONCE
+    for subscribed, _ in (
+        client.subscribe_to_get_shadow_rejected(
+            iotshadow.GetShadowSubscriptionRequest(thing_name="lamp"), qos, errors.append
+        ),
+        client.subscribe_to_update_shadow_accepted(
+            iotshadow.UpdateShadowSubscriptionRequest(thing_name="lamp"), qos, accepted.append
+        ),
+        client.subscribe_to_shadow_delta_updated_events(
+            iotshadow.ShadowDeltaUpdatedSubscriptionRequest(thing_name="lamp"), qos, deltas.append
+        ),
+    ):
+        await done(subscribed)
+    await done(
+        client.publish_get_shadow(iotshadow.GetShadowRequest(thing_name="lamp", client_token="g"), qos)
+    )
+    await until(lambda: errors or None, what="the SDK's rejected")
+    assert (errors[0].code, errors[0].message) == (404, "No shadow exists with name: 'lamp'")
+    assert errors[0].client_token == "g"
+    await done(
+        client.publish_update_shadow(
+            iotshadow.UpdateShadowRequest(
+                thing_name="lamp",
+                state=iotshadow.ShadowState(desired={"led": "on"}, reported={"led": "off"}),
+                client_token="u",
+            ),
+            qos,
+        )
+    )
+    await until(lambda: (accepted and deltas) or None, what="the SDK's accepted and delta")
+    assert accepted[0].version == 1 and accepted[0].state.desired == {"led": "on"}
+    assert deltas[0].state == {"led": "on"}
+    await done(connection.disconnect())
+
+
+async def test_a_load_of_updates_is_grouped_into_few_transactions(ctx: Context, settings: Settings) -> None:
+    """Two thousand updates that wait are worked off by a handful of commits."""
+    payload = msgspec.json.encode({"state": {"reported": {"speed": 50}}})
+    await asyncio.gather(
+        *(
+            ctx.publisher.to_log(f"$aws/things/d{n % 500}/shadow/update", payload, {"Nmqtt-Pub": "1"})
+            for n in range(2000)
+        )
+    )
+    async with ctx.pool.acquire() as conn:
+        before = await conn.fetchval(
+            "SELECT xact_commit FROM pg_stat_database WHERE datname = current_database()"
+        )
+    async with serving(ctx):
+        await _all_versions(ctx, [f"d{n}" for n in range(500)], 4)
+    assert before is not None
