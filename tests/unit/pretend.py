@@ -6,7 +6,7 @@ from typing import Any
 
 import msgspec
 
-from fleetlift.core.decide import begin, decide
+from fleetlift.core.decide import OWN_METRICS, begin, decide
 from fleetlift.core.gates import parse_gate
 from fleetlift.core.migration import (
     AuditEntry,
@@ -68,7 +68,7 @@ def plan(
 
 
 class PretendDevice:
-    """Obeys the newest order it has heard of, one round after it was told; `goes_back` makes its tries fail."""
+    """Obeys the newest order it has heard of a round later; `goes_back` makes its tries fail."""
 
     def __init__(self, name: str) -> None:
         self.name = name
@@ -125,7 +125,7 @@ class PretendDevice:
 
 
 class Pretend:
-    """A migration of a pretended fleet. `state` always has been through JSON, as if read back from a store."""
+    """A migration of a pretended fleet. `state` has been through JSON, as if read back from a store."""
 
     def __init__(self, the_plan: Plan, devices: int = 20, *, epoch: int = 0) -> None:
         self.plan = the_plan
@@ -133,7 +133,7 @@ class Pretend:
         self.devices = {name: PretendDevice(name) for name in (f"car-{n:03}" for n in range(devices))}
         self.selected: Callable[[str], bool] = lambda _: True
         self.samples: dict[str, Sample] = {
-            gate.text: good_sample(gate.text) for gate in gates_of(the_plan) if gate.metric != "moves.success"
+            gate.text: good_sample(gate.text) for gate in gates_of(the_plan) if gate.metric not in OWN_METRICS
         }
         self.old_up = self.new_up = self.readable = True
         self.requests: list[Request] = []

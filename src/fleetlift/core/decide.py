@@ -337,7 +337,7 @@ class _Round:
         stay = sum(member.state is not MemberState.EXCLUDED for member in self.members.values())
         self._note(
             "plan_amended",
-            f"plan amended by {request.actor}: {format_devices(stay)} go on, {len(gone):,} taken out",
+            f"plan amended by {request.actor}: goes on with {format_devices(stay)}, {len(gone):,} taken out",
             request.actor,
             taken_out=_some(member.device for member in gone),
             taken_out_total=len(gone),
@@ -350,7 +350,7 @@ class _Round:
         left = [m.device for m in self.members.values() if m.state is MemberState.STRAGGLER]
         if left and not request.args.get("force"):
             names = format_some(left, 5)
-            return f"{format_devices(len(left))} have not moved ({names}); release with force to give them up"
+            return f"{format_devices(len(left))} not moved yet ({names}); release with force to give them up"
         self._set(phase=Phase.RELEASED, reason=f"released by {request.actor}")
         self._note(
             "migration_released",
@@ -467,9 +467,7 @@ class _Round:
             unmeasured_since=None,
             approved=False,
         )
-        self._note(
-            kind, f"{reason}: {format_devices(len(told))} are told to go back", actor, devices=len(told)
-        )
+        self._note(kind, f"{reason}: {format_devices(len(told))} told to go back", actor, devices=len(told))
 
     # -- evidence --------------------------------------------------------------------------------------
 
@@ -510,18 +508,18 @@ class _Round:
                         taken.append(self._straggler(member, foreign_reason(seen)))
                 case _:
                     pass
-        self._note_devices("devices_went_back", "went back by themselves", gone_back)
-        self._note_devices("stragglers_found", "have not moved", late)
-        self._note_devices("stragglers_moved", "have moved after all", caught_up)
+        self._note_devices("devices_went_back", "gone back by themselves", gone_back)
+        self._note_devices("stragglers_found", "not moved in time", late)
+        self._note_devices("stragglers_moved", "moved after all", caught_up)
         if taken:
             self._note_devices(
-                "foreign_orders_seen", "obey a newer order that is not this migration's", taken
+                "foreign_orders_seen", "obeying a newer order that is not this migration's", taken
             )
             if self.state.phase in (Phase.RUNNING, Phase.PAUSED, Phase.FINISHED):
                 self._set(
                     phase=Phase.HELD,
-                    reason=f"{format_devices(len(taken))} obey a newer order back to the old side that this "
-                    "migration did not give; resume to take them again, or revert",
+                    reason=f"a newer order back to the old side, not given by this migration, is obeyed by "
+                    f"{format_devices(len(taken))}; resume to take them again, or revert",
                 )
 
     def _see_return(self, member: Member, seen: DeviceObservation) -> None:
@@ -685,10 +683,10 @@ class _Round:
         name, mine = self._wave_name(), self._of_wave()
         if self.plan.on_breach is OnBreach.REVERT:
             told = self._return_wave(why)
-            what = f"{format_devices(len(told))} go back"
+            what = f"{format_devices(len(told))} told to go back"
         else:
             self._set(phase=Phase.HELD, reason=why, unmeasured_since=None, approved=False)
-            what = f"held; {format_devices(len(mine))} stay, a person decides"
+            what = f"held with {format_devices(len(mine))} where they are; a person decides"
         self._note(
             "gate_breached",
             f"{name}: {why}; {what}",
@@ -863,7 +861,7 @@ class _Round:
         behind = [m for m in self.members.values() if m.state is MemberState.STRAGGLER]
         moved = sum(m.state is MemberState.MOVED for m in self.members.values())
         out = sum(m.state is MemberState.EXCLUDED for m in self.members.values())
-        reason = f"{format_devices(len(behind))} have not moved" if behind else ""
+        reason = f"not moved: {format_devices(len(behind))}" if behind else ""
         self._set(phase=Phase.FINISHED, reason=reason)
         self._note(
             "migration_finished",
@@ -884,7 +882,7 @@ class _Round:
         self._note(
             "wave_returned",
             f"{self._wave_name()} has gone back"
-            + (f"; {format_devices(len(going))} cannot be reached" if going else ""),
+            + (f"; out of reach: {format_devices(len(going))}" if going else ""),
             unreached={member.device: member.reason for member in going[:LISTED]},
         )
 
@@ -904,8 +902,8 @@ class _Round:
         back = sum(_back_at_start(member) for member in self.members.values())
         self._note(
             "migration_reverted",
-            f"reverted: {format_devices(back)} are back on the old side"
-            + (f", {len(going)} cannot be reached" if going else ""),
+            f"reverted: {format_devices(back)} back on the old side"
+            + (f", {len(going)} out of reach" if going else ""),
             back=back,
             unreached={member.device: member.reason for member in going[:LISTED]},
             unreached_total=len(going),
@@ -1005,7 +1003,7 @@ class _Round:
             why = f" ({first.reason})" if first.reason else ""
             self._note(
                 kind,
-                f"{format_devices(len(members))} {what}: {first.device}{why}{more}",
+                f"{what}: {first.device}{why}{more}",
                 devices={member.device: member.reason for member in members[:LISTED]},
                 total=len(members),
             )
