@@ -58,14 +58,14 @@ _UP, _DOWN = Better.HIGHER, Better.LOWER
 METRICS: Final = _metrics(
     (
         *("telemetry.completeness", "%", _UP, 10, "messages", False),
-        "of the messages a moved device has numbered, the share that the new side has stored",
+        "of the messages that moved devices have numbered, the share that the new side has",
     ),
     (
         *("telemetry.delay.p50", "s", _DOWN, 20, "messages", True),
-        "half of the messages came sooner after the time they carry than this",
+        "half of the messages came sooner after the time that they carry",
     ),
-    ("telemetry.delay.p95", "s", _DOWN, 20, "messages", True, "the same for 95 of 100 messages"),
-    ("telemetry.delay.p99", "s", _DOWN, 20, "messages", True, "the same for 99 of 100 messages"),
+    ("telemetry.delay.p95", "s", _DOWN, 20, "messages", True, "95 of 100 messages came sooner"),
+    ("telemetry.delay.p99", "s", _DOWN, 20, "messages", True, "99 of 100 messages came sooner"),
     (
         *("devices.silent", "", _DOWN, 1, "moved devices", False),
         "moved devices that the new side has not heard from for longer than `silent_after`",
@@ -84,10 +84,10 @@ METRICS: Final = _metrics(
     ),
     (
         *("commands.latency.p50", "s", _DOWN, 5, "commands", True),
-        "half of the commands were answered sooner than this",
+        "half of the commands were answered sooner",
     ),
-    ("commands.latency.p95", "s", _DOWN, 5, "commands", True, "the same for 95 of 100 commands"),
-    ("commands.latency.p99", "s", _DOWN, 20, "commands", True, "the same for 99 of 100 commands"),
+    ("commands.latency.p95", "s", _DOWN, 5, "commands", True, "95 of 100 commands were answered sooner"),
+    ("commands.latency.p99", "s", _DOWN, 20, "commands", True, "99 of 100 commands were answered sooner"),
     (
         *("commands.executed_twice", "", _DOWN, 1, "commands", False),
         "commands that a device carried out more than once",
