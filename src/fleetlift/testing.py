@@ -90,11 +90,11 @@ class TestPostgres:
     async def stop(self) -> None:
         await self._server.stop()
 
-    async def new_database(self) -> str:
-        """The URL of a fresh database with the newest schema."""
+    async def new_database(self, *, template: str = "fleetlift") -> str:
+        """The URL of a fresh database with the newest schema (`template1`: an empty one)."""
         self._count += 1
         name = f"test_{self._count}"
-        await self._maintain(f"CREATE DATABASE {name} TEMPLATE fleetlift")
+        await self._maintain(f"CREATE DATABASE {name} TEMPLATE {template}")
         return self.url.replace("@/fleetlift?", f"@/{name}?")
 
     async def drop_database(self, url: str) -> None:

@@ -70,6 +70,11 @@ def configuration(settings: Settings, store: Path, *, sync: str = "100ms") -> st
     soft_limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     connections = max(64, (1_000_000 if soft_limit < 0 else soft_limit) - _SPARE_FILES)
     quoted = msgspec.json.encode
+
+    def inside(user: str, password: str) -> str:
+        # Not by MQTT: the port that devices reach must never lead to these users.
+        return f'{{user: "{user}", password: "{password}", allowed_connection_types: ["STANDARD"]}}'
+
     text = f"""# Written by Fleetlift at every start; changes here are lost. Holds passwords.
 server_name: {SERVER_NAME}
 host: "{host}"
@@ -84,12 +89,12 @@ jetstream {{
   limits {{ default_max_consumers: 200000 }}  # every QoS 1 subscription is one; the server's default is 1000
 }}
 accounts {{
-  AUTH {{ users: [ {{user: "{settings.nats_auth_user}", password: "{settings.nats_auth_password}"}} ] }}
+  AUTH {{ users: [ {inside(settings.nats_auth_user, settings.nats_auth_password)} ] }}
   {settings.nats_device_account} {{
     jetstream: enabled
-    users: [ {{user: "{settings.nats_svc_user}", password: "{settings.nats_svc_password}"}} ]
+    users: [ {inside(settings.nats_svc_user, settings.nats_svc_password)} ]
   }}
-  SYS {{ users: [ {{user: "{settings.nats_sys_user}", password: "{settings.nats_sys_password}"}} ] }}
+  SYS {{ users: [ {inside(settings.nats_sys_user, settings.nats_sys_password)} ] }}
 }}
 system_account: SYS
 authorization {{
