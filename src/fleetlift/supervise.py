@@ -397,7 +397,7 @@ async def locked_directory(
                 break
             except OSError:
                 holder = os.pread(fd, 32, 0).decode(errors="replace").strip()
-                if holder.isdecimal() and psutil.pid_exists(int(holder)):
+                if holder.isdecimal() and is_alive(int(holder)):
                     raise Conflict(
                         f"another instance (process {holder}) runs on {directory}: stop it first, "
                         "or choose another directory with --data"
@@ -417,6 +417,14 @@ async def locked_directory(
         yield lock
     finally:
         lock.release()
+
+
+def is_alive(pid: int) -> bool:
+    """True when the process runs; one that has ended and was not yet collected does not."""
+    try:
+        return bool(psutil.Process(pid).status() != psutil.STATUS_ZOMBIE)
+    except psutil.Error:
+        return False
 
 
 def holders(path: Path) -> list[str]:
