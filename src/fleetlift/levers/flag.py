@@ -90,7 +90,10 @@ class FlagLever:
         return Moved(old_refused=old, new_refused=new, down=down)
 
     async def observe(self, devices: Sequence[str], old: OldSide) -> Observed:
-        """What both sides know of `devices` now. A side that is down leaves its half empty."""
+        """What both sides know of `devices` now; a device that neither has ever seen is left out.
+
+        A side that is down leaves its half empty.
+        """
         seen, new_error = await self._tolerant(lambda: self._new.observe(devices), {})
         fleet = old.fleet
         merged: dict[str, DeviceObservation] = {}
@@ -98,10 +101,13 @@ class FlagLever:
         for device in devices:
             by_new = seen.get(device, nothing)
             there = fleet.get(device) if fleet is not None else None
+            report = old.reports.get(device)
+            if by_new is nothing and report is None and (there is None or there.since is None):
+                continue
             merged[device] = msgspec.structs.replace(
                 by_new,
                 connected_old=bool(there is not None and there.connected and old.up),
-                report=newest(old.reports.get(device), by_new.report_by_new),
+                report=newest(report, by_new.report_by_new),
             )
         return Observed(
             devices=merged,

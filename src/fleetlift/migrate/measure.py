@@ -16,10 +16,10 @@ import httpx
 import msgspec
 
 from fleetlift.core.command import uuid7
+from fleetlift.core.decide import OWN_METRICS
 from fleetlift.core.delays import quantile
 from fleetlift.core.gates import Gate, Source
 from fleetlift.core.migration import (
-    DeviceObservation,
     Member,
     MemberState,
     MigrationState,
@@ -29,7 +29,7 @@ from fleetlift.core.orders import (
     PROBE_COMMAND,
     TRY_CHANNEL,
     CommandsFlag,
-    DevicePhase,
+    Flags,
     TelemetryFlag,
 )
 from fleetlift.core.plan import Rung
@@ -178,7 +178,6 @@ class Measurer:
         gates: Iterable[Gate],
         state: MigrationState,
         rungs: Sequence[Rung],
-        observed: Mapping[str, DeviceObservation],
         now: float,
     ) -> dict[str, Sample]:
         """One sample a gate, by the gate's text. What could not be measured has no value and says why.
@@ -189,7 +188,7 @@ class Measurer:
         if self._cached is not None and self._cached[0] == key and self._monotonic() < self._cached[1]:
             return self._cached[2]
         started = self._monotonic()
-        result = await self._samples(tuple(gates), state, rungs, observed, now)
+        result = await self._samples(tuple(gates), state, rungs, now)
         took = self._monotonic() - started
         self._cached = (key, started + (5 * took if took > 0.2 else 0.0), result)
         return result
@@ -199,7 +198,6 @@ class Measurer:
         gates: Sequence[Gate],
         state: MigrationState,
         rungs: Sequence[Rung],
-        observed: Mapping[str, DeviceObservation],
         now: float,
     ) -> dict[str, Sample]:
         wave = open_wave(state)
@@ -207,8 +205,6 @@ class Measurer:
         since = state.measured_from or state.wave_opened_at or now
         metrics = {gate.metric for gate in gates if gate.source is Source.METRIC}
         found: dict[str, Sample] = {}
-        found.update(moves(wave, observed))
-        found["devices.silent"] = silent(wave.moved, rung, observed, now)
         groups: list[tuple[str, Callable[[Conn], Any]]] = [
             ("telemetry.completeness", lambda c: self._completeness(c, wave, rung, now)),
             ("telemetry.delay", lambda c: self._delays(c, wave, state, rungs, since, now)),
@@ -232,7 +228,9 @@ class Measurer:
         for gate in gates:
             match gate.source:
                 case Source.METRIC:
-                    samples[gate.text] = found.get(gate.metric, Sample(value=None))
+                    # Metrics of members and observations are computed where these are: by the decision.
+                    if gate.metric not in OWN_METRICS:
+                        samples[gate.text] = found.get(gate.metric, Sample(value=None))
                 case Source.SQL:
                     samples[gate.text] = await self._sql(gate.query)
                 case Source.PROMETHEUS:
@@ -514,66 +512,10 @@ class Measurer:
         return {row["path"]: (row["p"][0], row["p"][1]) for row in rows}
 
 
-def standing_flags(member: Member, rungs: Sequence[Rung]) -> Any:
+def standing_flags(member: Member, rungs: Sequence[Rung]) -> Flags:
     """The flags that a member obeys as far as is known: those of its rung once it has moved there."""
     at = member.came_from if member.state in (MemberState.MOVING, MemberState.STRAGGLER) else member.rung
     return rungs[min(at, len(rungs) - 1)].flags
-
-
-def moves(wave: Wave, observed: Mapping[str, DeviceObservation]) -> dict[str, Sample]:
-    """`moves.success` and `devices.failed`: who of the wave moved and stayed, of those in reach."""
-    failed: list[dict[str, str]] = []
-    moved = 0
-    for member in wave.told:
-        seen = observed.get(member.device, DeviceObservation())
-        report = seen.report
-        if report is not None and report.epoch >= member.epoch and report.phase is DevicePhase.WENT_BACK:
-            failed.append({"device": member.device, "reason": report.reason or "went back by itself"})
-        elif member.state is MemberState.MOVED:
-            moved += 1
-        elif member.state is MemberState.STRAGGLER and (seen.connected_old or seen.connected_new):
-            failed.append({"device": member.device, "reason": member.reason or "connected, but did not move"})
-    reached = moved + len(failed)
-    evidence = _summary(
-        f"{moved:,} of {reached:,} moved",
-        told=len(wave.told),
-        moved=moved,
-        failed=len(failed),
-        examples=failed[:EXAMPLES],
-    )
-    return {
-        "moves.success": Sample(
-            value=100.0 * moved / reached if reached else None, n=reached, evidence=evidence
-        ),
-        "devices.failed": Sample(
-            value=float(len(failed)) if wave.told else None, n=len(wave.told), evidence=evidence
-        ),
-    }
-
-
-def silent(
-    moved: Sequence[Member], rung: Rung, observed: Mapping[str, DeviceObservation], now: float
-) -> Sample:
-    """Moved devices that the new side has not heard from for longer than the rung's `silent_after_s`."""
-    if not moved or rung.flags.telemetry is TelemetryFlag.OLD:
-        return Sample(value=None, evidence=_summary("no device of the wave has moved"))
-    quiet: list[tuple[float, str]] = []
-    for member in moved:
-        seen = observed.get(member.device)
-        last = max((seen.new_telemetry_at if seen else None) or 0.0, member.moved_at or 0.0)
-        if now - last > rung.silent_after_s:
-            quiet.append((now - last, member.device))
-    quiet.sort(reverse=True)
-    return Sample(
-        value=float(len(quiet)),
-        n=len(moved),
-        evidence=_summary(
-            f"{len(quiet):,} of {len(moved):,} devices",
-            examples=[
-                {"device": device, "silent_for_s": round(for_s, 1)} for for_s, device in quiet[:EXAMPLES]
-            ],
-        ),
-    )
 
 
 def number(value: object) -> Sample:

@@ -6,7 +6,7 @@ Every function takes a connection to the engine's database and leaves transactio
 
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
-from typing import Any
+from typing import Any, TypeAlias
 
 import asyncpg
 import msgspec
@@ -24,7 +24,7 @@ from fleetlift.core.migration import (
 )
 from fleetlift.core.timeline import TimelinePoint
 
-Conn = asyncpg.Connection[Any] | asyncpg.pool.PoolConnectionProxy[Any]
+Conn: TypeAlias = "asyncpg.Connection[Any] | asyncpg.pool.PoolConnectionProxy[Any]"
 
 # Told by NOTIFY when a person asked for something; the controller need not wait for its next round.
 REQUEST_CHANNEL = "engine_request"
@@ -326,6 +326,32 @@ async def add_request(conn: Conn, name: str, kind: RequestKind, args: Mapping[st
             raise NotFound(f"no migration named {name!r}: `fleetlift migrate list` shows those there are")
         await conn.execute("SELECT pg_notify($1, $2)", REQUEST_CHANNEL, name)
     return int(found)
+
+
+async def add_emergency(conn: Conn, name: str, epoch: int, actor: str) -> None:
+    """Ask for what `revert --journal` has done outside to be taken in; once for each epoch."""
+    await conn.execute(
+        "INSERT INTO engine.request (migration, kind, args, actor) "
+        "SELECT $1, $2, jsonb_build_object('epoch', $3::bigint), $4 WHERE NOT EXISTS ("
+        "SELECT FROM engine.request WHERE migration = $1 AND kind = $2 AND (args->>'epoch')::bigint = $3)",
+        name,
+        RequestKind.EMERGENCY.value,
+        epoch,
+        actor,
+    )
+
+
+async def claimed(conn: Conn, devices: Sequence[str], phases: Sequence[Phase]) -> list[tuple[str, str]]:
+    """(device, migration) of those `devices` that take part in a migration in one of `phases`."""
+    rows = await conn.fetch(
+        "SELECT m.device, m.migration FROM engine.member m JOIN engine.migration g ON g.name = m.migration "
+        "WHERE g.phase = ANY($2::text[]) AND m.state <> $3 AND m.device = ANY($1::text[]) "
+        "ORDER BY 1 LIMIT 1000",
+        devices,
+        [p.value for p in phases],
+        MemberState.EXCLUDED.value,
+    )
+    return [(row["device"], row["migration"]) for row in rows]
 
 
 async def open_requests(conn: Conn, name: str) -> tuple[Request, ...]:

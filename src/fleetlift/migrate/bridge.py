@@ -1,0 +1,397 @@
+"""The bridge to an old side: its feed into the log, commands to its devices, and what it knows of them.
+
+There is one bridge for each old side that a migration not yet released names. Telemetry that the old side has
+received enters the same log as that of our own devices, marked with its path. The feed's position is stored
+only once all it covers is durably in the log, so a bridge that is killed reads some of it again, which the
+telemetry reader recognises, and loses nothing.
+"""
+
+import asyncio
+import contextlib
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import asyncpg
+import msgspec
+
+from fleetlift.bus.publish import Publisher
+from fleetlift.core.command import Path, PathStatus, Reported, storable
+from fleetlift.core.errors import BadInput, FleetError, Unavailable
+from fleetlift.core.migration import FleetDevice
+from fleetlift.core.orders import DeviceReport
+from fleetlift.core.telemetry import (
+    HEADER_RECEIVED,
+    HEADER_SEQ,
+    HEADER_TS,
+    DeadLetter,
+    dead_letter,
+)
+from fleetlift.levers.flag import newest
+from fleetlift.log import get_logger
+from fleetlift.sides.base import (
+    CommandAnswered,
+    FeedItem,
+    PresenceChanged,
+    ReportReceived,
+    Side,
+    SideCommand,
+    TelemetryReceived,
+)
+from fleetlift.store import commands as command_store
+from fleetlift.store import telemetry as telemetry_store
+
+log = get_logger(__name__)
+
+SNAPSHOT_EVERY_S = 5.0  # the whole inventory and all reports are read again so often, the feed apart
+SNAPSHOT_SHARE = 0.05  # ... but reading them takes at most this share of the time
+BACKOFF_S = (0.1, 0.2, 0.5, 1.0, 2.0, 5.0)
+BATCHES_IN_FLIGHT = 8
+COURIER_POLL_S = 0.05
+COURIER_BATCH = 500
+COURIER_PARALLEL = 50
+SEND_WITHIN_S = 10.0
+UUID_ZERO = "00000000-0000-0000-0000-000000000000"
+DOWN_ERRORS = (FleetError, OSError, TimeoutError, asyncpg.PostgresError, asyncpg.InterfaceError)
+
+
+class FeedCounts(msgspec.Struct):
+    """What the bridge has done since it started."""
+
+    telemetry: int = 0
+    answers: int = 0
+    reports: int = 0
+    presence: int = 0
+    refused: int = 0  # items that can never enter the log, such as an impossible topic
+    commands: int = 0
+
+
+class Bridge:
+    """Keeps one old side and the new backend in step.
+
+    `key` names the feed's position (side and address); `begin_at` is where a feed never read before begins.
+    `up`, `fleet` and `reports` are what the old side is known to hold now; `fleet` is None until it was read.
+    """
+
+    def __init__(
+        self,
+        old: Side,
+        *,
+        key: str,
+        pool: "asyncpg.Pool[Any]",
+        publisher: Publisher,
+        begin_at: str = "",
+    ) -> None:
+        self.side = old
+        self.key = key
+        self.counts = FeedCounts()
+        self.migrations: set[str] = set()  # those that this side is the old one of
+        self.snapshots = 0  # grows whenever the inventory was read anew
+        self.why_down = "not connected yet"
+        self._pool = pool
+        self._publisher = publisher
+        self._begin_at = begin_at
+        self._up = False
+        self._fleet: dict[str, FleetDevice] | None = None
+        self._reports: dict[str, DeviceReport] = {}
+        self._touched: set[str] = set()  # devices that the feed has spoken of since the snapshot began
+
+    @property
+    def up(self) -> bool:
+        return self._up
+
+    @property
+    def fleet(self) -> Mapping[str, FleetDevice] | None:
+        return self._fleet
+
+    @property
+    def reports(self) -> Mapping[str, DeviceReport]:
+        return self._reports
+
+    async def run(self) -> None:
+        """Run until cancelled. Each part comes back by itself when the side or the backend was away."""
+        async with asyncio.TaskGroup() as group:
+            group.create_task(self._again(self._feed_once, "feed"), name=f"feed {self.key}")
+            group.create_task(self._again(self._snapshots, "inventory"), name=f"inventory {self.key}")
+            group.create_task(self._again(self._courier, "courier"), name=f"courier {self.key}")
+
+    async def _again(self, part: Any, what: str) -> None:
+        failures = 0
+        while True:
+            started = time.monotonic()
+            try:
+                await part()
+                reason = "the side closed the connection"
+            except* DOWN_ERRORS as errors:
+                reason = _first(errors)
+            if what == "inventory":
+                self._up, self.why_down = False, reason
+            if time.monotonic() - started > 10:
+                failures = 0
+            if failures == 0:
+                log.warning("bridge_part_lost", side=self.key, part=what, reason=reason)
+            await asyncio.sleep(BACKOFF_S[min(failures, len(BACKOFF_S) - 1)])
+            failures += 1
+
+    # -- what the side holds -----------------------------------------------------------------------------
+
+    async def _snapshots(self) -> None:
+        while True:
+            started = time.monotonic()
+            await self.refresh()
+            took = time.monotonic() - started
+            await asyncio.sleep(max(SNAPSHOT_EVERY_S, took / SNAPSHOT_SHARE))
+
+    async def refresh(self) -> None:
+        """Read inventory and reports anew. Raises Unavailable when the side does not answer."""
+        self._touched.clear()
+        async with asyncio.timeout(60):
+            inventory = await self.side.inventory()
+            reports = await self.side.reports()
+        before = self._fleet or {}
+        fleet = {device.id: device for device in inventory}
+        fresh = dict(reports)
+        for device in self._touched:
+            # The feed was quicker than the answer that was being put together.
+            if device in before and device in fleet:
+                known = before[device]
+                fleet[device] = msgspec.structs.replace(
+                    fleet[device], connected=known.connected, since=known.since
+                )
+            if (report := newest(fresh.get(device), self._reports.get(device))) is not None:
+                fresh[device] = report
+        self._fleet, self._reports = fleet, fresh
+        if not self._up:
+            log.info("old_side_reached", side=self.key, devices=len(fleet))
+        self.snapshots += 1
+        self._up, self.why_down = True, ""
+
+    def _note_presence(self, item: PresenceChanged) -> None:
+        self.counts.presence += 1
+        known = (self._fleet or {}).get(item.device)
+        if self._fleet is not None and (known is None or known.since is None or item.at >= known.since):
+            known = known or FleetDevice(id=item.device)
+            self._fleet[item.device] = msgspec.structs.replace(known, connected=item.connected, since=item.at)
+            self._touched.add(item.device)
+
+    def _note_report(self, item: ReportReceived) -> None:
+        self.counts.reports += 1
+        best = newest(self._reports.get(item.device), item.report)
+        assert best is not None
+        self._reports[item.device] = best
+        self._touched.add(item.device)
+
+    # -- its feed ----------------------------------------------------------------------------------------
+
+    async def position(self) -> str:
+        """Up to where the feed is durably in the log; where it is to begin when none of it is."""
+        async with self._pool.acquire() as conn:
+            found: str | None = await conn.fetchval(
+                "SELECT position FROM feed_position WHERE side = $1", self.key
+            )
+        return found or self._begin_at
+
+    async def _feed_once(self) -> None:
+        """Follow the feed until it ends or something fails."""
+        pending: asyncio.Queue[tuple[str, asyncio.Future[list[DeadLetter]] | None, list[CommandAnswered]]] = (
+            asyncio.Queue(BATCHES_IN_FLIGHT)
+        )
+        async with asyncio.TaskGroup() as group:
+            settling = group.create_task(self._settle(pending))
+            async for position, items in self.side.feed(await self.position()):
+                stored: asyncio.Future[list[DeadLetter]] | None = None
+                answers: list[CommandAnswered] = []
+                messages: list[TelemetryReceived] = []
+                for item in items:
+                    self._take(item, messages, answers)
+                if messages:
+                    # Tasks of the group: whatever fails ends this round before a position is stored.
+                    stored = group.create_task(self._store(messages))
+                await pending.put((position, stored, answers))
+            await pending.join()
+            settling.cancel()
+
+    def _take(
+        self, item: FeedItem, messages: list[TelemetryReceived], answers: list[CommandAnswered]
+    ) -> None:
+        match item:
+            case TelemetryReceived():
+                messages.append(item)
+            case CommandAnswered():
+                answers.append(item)
+            case PresenceChanged():
+                self._note_presence(item)
+            case ReportReceived():
+                self._note_report(item)
+
+    async def _store(self, messages: Sequence[TelemetryReceived]) -> list[DeadLetter]:
+        """Put messages into the log; returns when all are durable. What can never enter is a dead letter."""
+        results = await asyncio.gather(*(self._to_log(m) for m in messages), return_exceptions=True)
+        letters: list[DeadLetter] = []
+        for message, result in zip(messages, results, strict=True):
+            if isinstance(result, BadInput):
+                topic = f"feed/{self.side.name}/{message.device}/{message.channel}"
+                letters.append(
+                    dead_letter(
+                        topic, message.device, self.side.name, str(result), message.body, message.received_at
+                    )
+                )
+            elif isinstance(result, BaseException):
+                raise result
+        self.counts.telemetry += len(messages) - len(letters)
+        self.counts.refused += len(letters)
+        return letters
+
+    async def _to_log(self, message: TelemetryReceived) -> int:
+        headers = {HEADER_TS: repr(message.ts), HEADER_RECEIVED: repr(message.received_at)}
+        if message.seq is not None:
+            headers[HEADER_SEQ] = str(message.seq)
+        topic = f"feed/{self.side.name}/{message.device}/{message.channel}"
+        return await self._publisher.to_log(topic, message.body, headers)
+
+    async def _settle(
+        self,
+        pending: "asyncio.Queue[tuple[str, asyncio.Future[list[DeadLetter]] | None, list[CommandAnswered]]]",
+    ) -> None:
+        """Store positions, in order, each after all that it covers."""
+        while True:
+            batch = [await pending.get()]
+            while not pending.empty():
+                batch.append(pending.get_nowait())
+            answers: list[CommandAnswered] = []
+            letters: list[DeadLetter] = []
+            for _, stored, some in batch:
+                if stored is not None:
+                    letters.extend(await stored)
+                answers.extend(some)
+            async with self._pool.acquire() as conn, conn.transaction():
+                if answers:
+                    await self._record(conn, answers)
+                if letters:
+                    await telemetry_store.insert_dead_letters(conn, letters)
+                await conn.execute(
+                    "INSERT INTO feed_position (side, position) VALUES ($1, $2) ON CONFLICT (side) "
+                    "DO UPDATE SET position = excluded.position, updated_at = now()",
+                    self.key,
+                    batch[-1][0],
+                )
+            for _ in batch:
+                pending.task_done()
+
+    async def _record(self, conn: Any, answers: Sequence[CommandAnswered]) -> None:
+        """Commands that are not ours, of the old side's own callers, are left out by the store."""
+        known: list[command_store.Answer] = []
+        for answer in answers:
+            try:
+                status = PathStatus(answer.status)
+            except ValueError:
+                log.warning(
+                    "feed_answer_refused", side=self.key, command=answer.command, status=answer.status
+                )
+                continue
+            reported = Reported(status, storable(answer.detail))
+            known.append(
+                command_store.Answer(
+                    command=answer.command,
+                    path=Path.OLD,
+                    reported=reported,
+                    at=answer.at,
+                    device=answer.device,
+                )
+            )
+        results = await command_store.record_answers(conn, known)
+        self.counts.answers += sum(result.changed for result in results)
+
+    # -- commands to its devices -------------------------------------------------------------------------
+
+    async def _courier(self) -> None:
+        """Hand commands of path `old` to the side: at first all that may have got lost, then what is new.
+
+        A copy sent twice is refused by its id, so whatever was marked as sent when this process, or the side,
+        went away is sent again.
+        """
+        await self.deliver_commands(again=True)
+        while True:
+            if not await self.deliver_commands():
+                await asyncio.sleep(COURIER_POLL_S)
+
+    async def deliver_commands(self, *, again: bool = False) -> int:
+        """Send what is queued now, and `again` what is unanswered; returns how many were sent.
+
+        Raises Unavailable when the side is away; what was not sent then is sent when the courier starts anew.
+        """
+        done = 0
+        after = UUID_ZERO
+        while True:
+            async with self._pool.acquire() as conn:
+                rows = await conn.fetch(
+                    _OUTGOING_SQL,
+                    ["queued", "sent"] if again else ["queued"],
+                    list(self.migrations),
+                    COURIER_BATCH,
+                    after,
+                )
+                if not rows:
+                    return done
+                # Marked before they are sent, so that no answer can come first and latency counts from here.
+                async with conn.transaction():
+                    worth = await command_store.mark_sent(
+                        conn, Path.OLD, [row["id"] for row in rows], time.time()
+                    )
+            await self._send([row for row in rows if row["id"] in worth])
+            done += len(worth)
+            after = rows[-1]["id"]
+
+    async def _send(self, rows: Sequence[asyncpg.Record]) -> None:
+        room = asyncio.Semaphore(COURIER_PARALLEL)
+        refused: dict[str, str] = {}
+
+        async def send(row: asyncpg.Record) -> None:
+            command = SideCommand(
+                id=row["id"],
+                device=row["device"],
+                name=row["name"],
+                params=msgspec.json.decode(row["params"]),
+                mode=row["mode"],
+                expires_at=row["expires_at"],
+            )
+            async with room:
+                try:
+                    async with asyncio.timeout(SEND_WITHIN_S):
+                        await self.side.send_command(command)
+                except Unavailable:
+                    raise
+                except FleetError as error:
+                    refused[command.id] = str(error)
+
+        async with asyncio.TaskGroup() as group:
+            for row in rows:
+                group.create_task(send(row))
+        self.counts.commands += len(rows) - len(refused)
+        for command, reason in refused.items():
+            async with self._pool.acquire() as conn, conn.transaction():
+                await command_store.record_answer(
+                    conn, command, Path.OLD, PathStatus.UNREACHABLE, {"reason": reason}, time.time()
+                )
+
+    async def close(self) -> None:
+        with contextlib.suppress(Exception):
+            await self.side.close()
+
+
+def _first(errors: BaseExceptionGroup[BaseException]) -> str:
+    """The first single error of a group, as text."""
+    error: BaseException = errors
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    return str(error) or type(error).__name__
+
+
+_OUTGOING_SQL = """
+SELECT c.id::text AS id, c.device, c.name, c.params::text AS params, p.mode,
+    extract(epoch FROM c.expires_at)::float8 AS expires_at
+FROM command_path p JOIN command c ON c.id = p.command JOIN device_route r ON r.device = p.device
+WHERE p.path = 'old' AND p.ended_at IS NULL AND p.status = ANY($1::text[]) AND c.expires_at > now()
+    AND r.migration = ANY($2::text[]) AND c.id > $4::uuid
+ORDER BY c.id LIMIT $3
+"""

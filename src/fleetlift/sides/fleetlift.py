@@ -1,0 +1,387 @@
+"""Fleetlift itself as the new side of a migration: registry, routes, orders by shadow, probes, evidence.
+
+It speaks to the backend's own database and log. Whatever is down shows as `Unavailable`; everything here may
+be repeated.
+"""
+
+import base64
+import contextlib
+import hashlib
+import hmac
+import os
+import secrets
+import time
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import asyncpg
+import msgspec
+
+from fleetlift.backend import commands, registry, shadows
+from fleetlift.backend.shadows import Services
+from fleetlift.core.errors import BadInput, Unavailable
+from fleetlift.core.jsonvalue import JsonObject
+from fleetlift.core.migration import DeviceObservation, FleetDevice
+from fleetlift.core.orders import (
+    PROBE_COMMAND,
+    SHADOW_NAME,
+    DeviceReport,
+    Endpoint,
+    Flags,
+    Orders,
+)
+from fleetlift.core.telemetry import MQTT_PATH
+from fleetlift.log import get_logger
+from fleetlift.sides.base import FeedItem, Side, SideCommand
+from fleetlift.store import presence as presence_store
+from fleetlift.store import shadows as shadow_store
+
+log = get_logger(__name__)
+
+KEY_FILE = "engine.key"
+CHUNK = 1000  # devices a transaction
+PROBE_MARGIN_S = 10.0
+_GONE = (OSError, TimeoutError, asyncpg.PostgresConnectionError, asyncpg.InterfaceError)
+
+
+def engine_key(data_dir: Path) -> bytes:
+    """The engine's secret in `DIR/engine.key` (mode 0600), drawn when there is none yet."""
+    path = data_dir / KEY_FILE
+    with contextlib.suppress(FileExistsError):
+        temporary = path.with_name(f".{KEY_FILE}.{os.getpid()}.{secrets.token_hex(4)}")
+        fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        try:
+            with os.fdopen(fd, "w") as file:
+                file.write(secrets.token_hex(32) + "\n")
+                file.flush()
+                os.fsync(file.fileno())
+            os.link(temporary, path)  # all or nothing: of two processes one wins, and nobody reads half a key
+        finally:
+            temporary.unlink()
+    try:
+        key = bytes.fromhex(path.read_text().strip())
+    except ValueError:
+        raise BadInput(f"{path} is not a key of 64 hexadecimal digits: restore it from a backup") from None
+    if len(key) != 32:
+        raise BadInput(f"{path} is not a key of 64 hexadecimal digits: restore it from a backup")
+    return key
+
+
+def credential_of(key: bytes, device: str) -> str:
+    """The password that a device signs in to the new side with; the same every time it is asked for."""
+    digest = hmac.new(key, b"device credential\0" + device.encode(), hashlib.sha256).digest()
+    return base64.urlsafe_b64encode(digest).decode().rstrip("=")
+
+
+@contextlib.contextmanager
+def _reachable() -> Iterator[None]:
+    """Turn what drivers say of a database that is away into Unavailable."""
+    try:
+        yield
+    except _GONE as error:
+        raise Unavailable(
+            f"the new side's database does not answer ({type(error).__name__}): see that it runs"
+        ) from error
+
+
+class FleetliftSide:
+    """Implements `sides.base.Side` on the backend's own tables and log."""
+
+    def __init__(
+        self,
+        services: Services,
+        *,
+        tenant: str,
+        key: bytes,
+        name: str = "fleetlift",
+    ) -> None:
+        self.name = name
+        self._services = services
+        self._pool = services.pool
+        self._tenant = tenant
+        self._key = key
+        self._adopted: dict[str, str] = {}  # device: its attributes, as JSON, when it was last registered
+
+    # -- preparing ---------------------------------------------------------------------------------------
+
+    async def adopt(self, devices: Sequence[FleetDevice], migration: str) -> list[str]:
+        """Make devices known here while they are still served by the old side.
+
+        Registers those that are missing (tenant, attributes) and routes their commands by the old side, so
+        that commands can be sent to them through Fleetlift from the first moment on. A route that is there
+        already stays. Returns devices that belong to another tenant.
+        """
+        wanted = {d.id: d for d in devices}
+        texts = {d.id: msgspec.json.encode(d.attributes, order="sorted").decode() for d in devices}
+        todo = [device for device in wanted if self._adopted.get(device) != texts[device]]
+        foreign: list[str] = []
+        flags = Flags()
+        for chunk in _chunks(todo):
+            with _reachable():
+                async with self._pool.acquire() as conn, conn.transaction():
+                    rows = await conn.fetch(
+                        "SELECT id, tenant, dialect, attributes::text AS attributes FROM device "
+                        "WHERE id = ANY($1::text[])",
+                        chunk,
+                    )
+                    there = {row["id"]: row for row in rows}
+                    others = [d for d in chunk if d in there and there[d]["tenant"] != self._tenant]
+                    foreign.extend(others)
+                    new = [
+                        registry.NewDevice(
+                            id=device,
+                            tenant=self._tenant,
+                            dialect=there[device]["dialect"] if device in there else "native",
+                            attributes=_merged(there.get(device), wanted[device].attributes),
+                        )
+                        for device in chunk
+                        if device not in others
+                    ]
+                    if new:
+                        await registry.put_devices(conn, new, make_tenants=True)
+                    await conn.execute(
+                        "INSERT INTO device_route (device, epoch, migration, telemetry, commands, link) "
+                        "SELECT d, 0, $2, $3, $4, $5 FROM unnest($1::text[]) d "
+                        "ON CONFLICT (device) DO UPDATE SET migration = excluded.migration "
+                        "WHERE device_route.telemetry = $3 AND device_route.commands = $4 "
+                        "AND device_route.migration <> excluded.migration",
+                        [device.id for device in new],
+                        migration,
+                        flags.telemetry.value,
+                        flags.commands.value,
+                        flags.link.value,
+                    )
+            self._adopted.update((device, texts[device]) for device in chunk if device not in others)
+        return foreign
+
+    async def grant(self, devices: Sequence[str]) -> list[str]:
+        """Let devices sign in with their generated credential. Returns those that are not registered."""
+        missing: list[str] = []
+        for chunk in _chunks(devices):
+            with _reachable():
+                async with self._pool.acquire() as conn:
+                    missing += await registry.grant_generated(
+                        conn, {device: self.credential(device) for device in chunk}
+                    )
+        return missing
+
+    async def withdraw(self, devices: Sequence[str]) -> None:
+        """Take the generated credentials back, of devices that have gone back for good."""
+        for chunk in _chunks(devices):
+            with _reachable():
+                async with self._pool.acquire() as conn:
+                    await registry.withdraw_generated(conn, chunk)
+
+    def credential(self, device: str) -> str:
+        return credential_of(self._key, device)
+
+    # -- the side ----------------------------------------------------------------------------------------
+
+    async def inventory(self) -> Sequence[FleetDevice]:
+        """Every registered device of the tenant."""
+        with _reachable():
+            async with self._pool.acquire() as conn:
+                found = await registry.select_devices(conn, tenant=self._tenant)
+                seen = await presence_store.get_many(conn, [device.id for device in found])
+        return [
+            FleetDevice(
+                id=device.id,
+                attributes=dict(device.attributes),
+                connected=device.id in seen and seen[device.id].connected,
+                since=seen[device.id].since if device.id in seen else None,
+            )
+            for device in found
+        ]
+
+    async def deliver(self, orders: Mapping[str, Orders]) -> Mapping[str, str]:
+        """Route, shadow and, where the new side is to be tried, credential and probe; refusals by device.
+
+        The route goes first: it decides, in the store, which epoch is newest, and an older one stops here.
+        """
+        refused: dict[str, str] = {}
+        for chunk in _chunks(list(orders)):
+            with _reachable():
+                async with self._pool.acquire() as conn:
+                    accepted = await self._route(conn, {device: orders[device] for device in chunk})
+                    newest = [d for d in chunk if d in accepted]
+                    refused.update((d, "a newer epoch was given already") for d in chunk if d not in accepted)
+                    trying = [d for d in newest if orders[d].flags.needs_new]
+                    if trying:
+                        for device in await registry.grant_generated(
+                            conn, {device: self.credential(device) for device in trying}
+                        ):
+                            refused[device] = "not registered at the new side"
+                # The device has its credential from the order that came by the old side; here it would lie
+                # in a document that is stored as it is.
+                documents = {
+                    device: msgspec.to_builtins(msgspec.structs.replace(orders[device], credential=None))
+                    for device in newest
+                    if device not in refused
+                }
+                refused |= await shadows.set_desired_many(
+                    self._services, documents, name=SHADOW_NAME, refuse=self._older(orders)
+                )
+                await self._probe([d for d in trying if d not in refused], orders)
+        return refused
+
+    async def _route(self, conn: Any, orders: Mapping[str, Orders]) -> set[str]:
+        """Write routes unless the store holds a newer epoch. Returns the devices whose order is newest."""
+        await conn.execute(
+            "INSERT INTO device_route (device, epoch, migration, telemetry, commands, link) "
+            "SELECT * FROM unnest($1::text[], $2::bigint[], $3::text[], $4::text[], $5::text[], $6::text[]) "
+            "ON CONFLICT (device) DO UPDATE SET epoch = excluded.epoch, migration = excluded.migration, "
+            "telemetry = excluded.telemetry, commands = excluded.commands, link = excluded.link, "
+            "updated_at = now() WHERE device_route.epoch < excluded.epoch",
+            list(orders),
+            [o.epoch for o in orders.values()],
+            [o.migration for o in orders.values()],
+            [o.flags.telemetry.value for o in orders.values()],
+            [o.flags.commands.value for o in orders.values()],
+            [o.flags.link.value for o in orders.values()],
+        )
+        rows = await conn.fetch(
+            "SELECT device FROM device_route r JOIN unnest($1::text[], $2::bigint[], $3::text[]) "
+            "o(device, epoch, migration) USING (device) "
+            "WHERE r.epoch = o.epoch AND r.migration = o.migration",
+            list(orders),
+            [o.epoch for o in orders.values()],
+            [o.migration for o in orders.values()],
+        )
+        return {row["device"] for row in rows}
+
+    @staticmethod
+    def _older(orders: Mapping[str, Orders]) -> Callable[[str, JsonObject | None], str | None]:
+        def refuse(device: str, held: JsonObject | None) -> str | None:
+            epoch = (held or {}).get("epoch")
+            if isinstance(epoch, int) and epoch > orders[device].epoch:
+                return f"the shadow holds order {epoch}, newer than {orders[device].epoch}"
+            return None
+
+        return refuse
+
+    async def _probe(self, devices: Sequence[str], orders: Mapping[str, Orders]) -> None:
+        """Queue the probe command of a try for devices that have none that outlives the try."""
+        if not devices:
+            return
+        now = time.time()
+        async with self._pool.acquire() as conn:
+            rows = await conn.fetch(
+                "SELECT p.device, c.params->>'epoch' AS epoch, "
+                "extract(epoch FROM max(c.expires_at))::float8 AS expires_at "
+                "FROM command_path p JOIN command c ON c.id = p.command "
+                "WHERE p.path = 'new' AND p.ended_at IS NULL AND p.device = ANY($1::text[]) AND c.name = $2 "
+                "GROUP BY 1, 2",
+                list(devices),
+                PROBE_COMMAND,
+            )
+        outlive = {
+            row["device"]
+            for row in rows
+            if row["epoch"] == str(orders[row["device"]].epoch)
+            and row["expires_at"] >= now + orders[row["device"]].try_within_s
+        }
+        await commands.create_commands(
+            self._services,
+            [
+                commands.NewCommand(
+                    device=device,
+                    name=PROBE_COMMAND,
+                    params={"epoch": orders[device].epoch},
+                    # An order may reach a device late; the probe must still be there for all of its try.
+                    expires_in_s=2 * orders[device].try_within_s + PROBE_MARGIN_S,
+                )
+                for device in devices
+                if device not in outlive
+            ],
+            principal=f"migration {orders[devices[0]].migration}",
+        )
+
+    async def reports(self) -> Mapping[str, DeviceReport]:
+        """What devices report of themselves in their shadow `fleetlift`."""
+        with _reachable():
+            async with self._pool.acquire() as conn:
+                return _reports(await shadow_store.all_named(conn, SHADOW_NAME))
+
+    async def observe(self, devices: Sequence[str]) -> Mapping[str, DeviceObservation]:
+        """Connection, report and newest telemetry (own path, and the other ones) of each device seen here."""
+        wanted = list(devices)
+        with _reachable():
+            async with self._pool.acquire() as conn:
+                reports = _reports(await shadow_store.all_named(conn, SHADOW_NAME, wanted))
+                online = await conn.fetch(
+                    "SELECT device FROM presence WHERE connected AND device = ANY($1::text[])", wanted
+                )
+                heard = await conn.fetch(
+                    "SELECT device, "
+                    "extract(epoch FROM max(last_at) FILTER (WHERE path = $2))::float8 AS new, "
+                    "extract(epoch FROM max(last_at) FILTER (WHERE path <> $2))::float8 AS old "
+                    "FROM ledger WHERE device = ANY($1::text[]) GROUP BY device",
+                    wanted,
+                    MQTT_PATH,
+                )
+        connected = {row["device"] for row in online}
+        times = {row["device"]: (row["new"], row["old"]) for row in heard}
+        seen: dict[str, DeviceObservation] = {}
+        for device in reports.keys() | connected | times.keys():
+            new_at, old_at = times.get(device, (None, None))
+            seen[device] = DeviceObservation(
+                connected_new=device in connected,
+                report_by_new=reports.get(device),
+                new_telemetry_at=new_at,
+                old_telemetry_at=old_at,
+            )
+        return seen
+
+    async def send_command(self, command: SideCommand) -> None:
+        raise BadInput("commands to this side are created in its own store: use backend.commands.create")
+
+    async def feed(self, after: str) -> AsyncIterator[tuple[str, Sequence[FeedItem]]]:
+        """This side's telemetry is in its own log already; there is nothing to bridge."""
+        return
+        yield after, ()
+
+    async def close(self) -> None:
+        """The pool and the publisher belong to the caller."""
+
+
+def open_side(target: str, options: Mapping[str, str]) -> Side:
+    """For `sides.open`: as the old side of a plan, Fleetlift is not built yet."""
+    raise BadInput("`fleetlift` can only be the new side (`to:`) of a migration")
+
+
+def endpoint_of(address: str, *, mqtt: str, mqtts: str, ca_pem: str | None) -> Endpoint:
+    """Where devices are sent to: `default` is this backend's own listener, TLS before plain.
+
+    `address` may name another one, as a load balancer's: `mqtt://host:port` or `mqtts://host:port`.
+    Raises BadInput when it is neither.
+    """
+    if address in ("", "default"):
+        address = f"mqtts://{mqtts}" if mqtts else f"mqtt://{mqtt}"
+    scheme, _, rest = address.partition("://")
+    host, colon, port = rest.rpartition(":")
+    if scheme not in ("mqtt", "mqtts") or not colon or not host or not port.isdecimal():
+        raise BadInput(f"{address!r}: the new side is `default`, mqtt://HOST:PORT or mqtts://HOST:PORT")
+    host = {"0.0.0.0": "127.0.0.1", "[::]": "::1"}.get(host, host.strip("[]"))
+    tls = scheme == "mqtts"
+    return Endpoint(host=host, port=int(port), tls=tls, ca_pem=ca_pem if tls else None)
+
+
+def _merged(row: asyncpg.Record | None, attributes: Mapping[str, Any]) -> dict[str, Any]:
+    """What the registry knows already stays, except where the old side says otherwise."""
+    held: dict[str, Any] = msgspec.json.decode(row["attributes"]) if row is not None else {}
+    return {**held, **attributes}
+
+
+def _reports(found: Mapping[str, Any]) -> dict[str, DeviceReport]:
+    reports: dict[str, DeviceReport] = {}
+    for device, shadow in found.items():
+        if shadow.reported:
+            with contextlib.suppress(msgspec.ValidationError):
+                reports[device] = msgspec.convert(shadow.reported, DeviceReport)
+    return reports
+
+
+def _chunks(devices: Sequence[str]) -> Iterator[list[str]]:
+    for start in range(0, len(devices), CHUNK):
+        yield list(devices[start : start + CHUNK])
