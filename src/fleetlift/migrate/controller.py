@@ -36,7 +36,7 @@ from fleetlift.core.migration import (
     RequestKind,
     Tell,
 )
-from fleetlift.core.orders import CommandsFlag, Flags, Orders, TelemetryFlag
+from fleetlift.core.orders import Orders
 from fleetlift.core.plan import Plan, Rung, check_amendment, ladder
 from fleetlift.core.timeline import GatePoint, TimelinePoint
 from fleetlift.levers.flag import FlagLever, Observed
@@ -46,6 +46,7 @@ from fleetlift.migrate.bridge import Bridge
 from fleetlift.migrate.journal import Journal
 from fleetlift.migrate.measure import Measurer, standing_flags
 from fleetlift.migrate.planfile import parse_plan
+from fleetlift.migrate.status import side_of
 from fleetlift.sides.fleetlift import FleetliftSide, endpoint_of, engine_key
 from fleetlift.sides.open import connect_side
 from fleetlift.store import engine as store
@@ -679,12 +680,3 @@ def devices_by_side(state: MigrationState, rungs: Sequence[Rung]) -> tuple[int, 
             case _:
                 new += 1
     return old, both, new
-
-
-def side_of(flags: Flags) -> str:
-    """`old`, `both` or `new`: where telemetry and commands go under these flags."""
-    if flags == Flags():
-        return "old"
-    if flags.telemetry is TelemetryFlag.NEW and flags.commands is CommandsFlag.NEW:
-        return "new"
-    return "both"

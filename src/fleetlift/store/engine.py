@@ -435,13 +435,60 @@ async def members_page(
     return [_member(row) for row in rows]
 
 
-async def member_counts(conn: Conn, name: str) -> list[tuple[int, int | None, str, int]]:
-    """How many members stand where: (rung, wave, state, devices)."""
+class MemberCount(msgspec.Struct, frozen=True, kw_only=True):
+    """How many members have these in common; `never_seen` of them have never been seen by either side."""
+
+    rung: int
+    came_from: int
+    state: MemberState
+    devices: int
+    never_seen: int
+
+
+async def member_counts(conn: Conn, name: str) -> list[MemberCount]:
+    """Where the members stand, counted."""
     rows = await conn.fetch(
-        "SELECT rung, wave, state, count(*) AS n FROM engine.member WHERE migration = $1 GROUP BY 1, 2, 3",
+        "SELECT rung, came_from, state, count(*) AS devices, "
+        "count(*) FILTER (WHERE reason = 'never seen') AS never_seen "
+        "FROM engine.member WHERE migration = $1 GROUP BY 1, 2, 3",
         name,
     )
-    return [(row["rung"], row["wave"], row["state"], row["n"]) for row in rows]
+    return [MemberCount(**{**dict(row), "state": MemberState(row["state"])}) for row in rows]
+
+
+async def wave_times(conn: Conn, name: str) -> list[float]:
+    """How long the moves of the last waves took, in seconds: from opening to the last device's evidence."""
+    rows = await conn.fetch(
+        "SELECT kind, extract(epoch FROM at)::float8 AS at FROM engine.audit "
+        "WHERE migration = $1 AND kind IN ('wave_opened', 'wave_moved') ORDER BY id DESC LIMIT 20",
+        name,
+    )
+    times, moved = [], None
+    for row in rows:
+        if row["kind"] == "wave_moved":
+            moved = row["at"]
+        elif moved is not None:
+            times.append(moved - row["at"])
+            moved = None
+    return times
+
+
+async def ended_at(conn: Conn, name: str) -> float | None:
+    """When the migration last came to an end; None when it never has."""
+    found: float | None = await conn.fetchval(
+        "SELECT extract(epoch FROM max(at))::float8 FROM engine.audit WHERE migration = $1 "
+        "AND kind IN ('migration_finished', 'migration_reverted', 'migration_released')",
+        name,
+    )
+    return found
+
+
+async def open_request_count(conn: Conn, name: str) -> int:
+    return int(
+        await conn.fetchval(
+            "SELECT count(*) FROM engine.request WHERE migration = $1 AND answered_at IS NULL", name
+        )
+    )
 
 
 async def highest_epoch(conn: Conn) -> int:

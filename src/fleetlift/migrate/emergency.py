@@ -1,0 +1,131 @@
+"""The way back when everything else is gone: the journal and the old side alone.
+
+Needs no database, no log, no controller. The order back carries an epoch above everything in the journal, so
+devices obey it; the journal's own record of it tells the controller, when it is back, what was done.
+"""
+
+import asyncio
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import msgspec
+
+from fleetlift.core.errors import Unavailable
+from fleetlift.core.orders import DevicePhase, DeviceReport, Flags, Orders
+from fleetlift.log import get_logger
+from fleetlift.migrate.journal import Emergency, append, story
+from fleetlift.sides.base import Side
+
+log = get_logger(__name__)
+
+POLL_S = 0.5
+ATTEMPT_EVERY_S = 2.0
+DELIVER_CHUNK = 500
+
+
+class EmergencyResult(msgspec.Struct, frozen=True, kw_only=True):
+    """What became of it. `silent`: ordered back, and not heard of yet; they obey when they connect."""
+
+    migration: str
+    epoch: int
+    devices: tuple[str, ...]
+    back: tuple[str, ...]
+    silent: tuple[str, ...]
+    refused: dict[str, str]
+
+
+async def revert_by_journal(
+    path: Path,
+    side_factory: Callable[[Mapping[str, str]], Side],
+    *,
+    actor: str = "emergency",
+    wait_s: float = 60.0,
+    progress: Callable[[int, int], None] = lambda back, total: None,
+) -> EmergencyResult:
+    """Order every device of the journal back to the old side, and wait for its word that it is there.
+
+    `side_factory` is `sides.open.connect_side`. The old side may be away at first: it is tried again until
+    `wait_s` is over; Unavailable then, when no order could be handed to it. Repeating it is harmless.
+    """
+    told = await asyncio.to_thread(story, path)
+    devices = tuple(sorted(told.orders))
+    epoch = max(told.epoch + 1, int(time.time()))
+    # Before any device hears of it: a controller that comes back must not take the epoch for another order.
+    await asyncio.to_thread(
+        append, path, [Emergency(at=time.time(), epoch=epoch, actor=actor, devices=devices)]
+    )
+    side = side_factory({name: str(value) for name, value in told.old.items()})
+    deadline = time.monotonic() + wait_s
+    try:
+        refused = await _deliver(side, devices, epoch, told.migration, deadline)
+        wanted = set(devices) - refused.keys()
+        back: set[str] = set()
+        while True:
+            try:
+                reports = await side.reports()
+                back = {d for d in wanted if is_back(reports.get(d), epoch)}
+                progress(len(back), len(wanted))
+            except (Unavailable, OSError, TimeoutError) as error:
+                log.warning("old_side_lost", reason=str(error))
+            if back >= wanted or time.monotonic() >= deadline:
+                break
+            await asyncio.sleep(POLL_S)
+    finally:
+        await side.close()
+    result = EmergencyResult(
+        migration=told.migration,
+        epoch=epoch,
+        devices=devices,
+        back=tuple(sorted(back)),
+        silent=tuple(sorted(wanted - back)),
+        refused=dict(refused),
+    )
+    await asyncio.to_thread(
+        append,
+        path,
+        [
+            Emergency(
+                at=time.time(),
+                epoch=epoch,
+                actor=actor,
+                devices=devices,
+                back=result.back,
+                refused=result.refused,
+            )
+        ],
+    )
+    return result
+
+
+def is_back(report: DeviceReport | None, epoch: int) -> bool:
+    """Whether a device says that it obeys the old side alone, by an order at least as new as `epoch`."""
+    return (
+        report is not None
+        and report.epoch >= epoch
+        and report.flags == Flags()
+        and report.phase is not DevicePhase.TRYING
+    )
+
+
+async def _deliver(
+    side: Side, devices: tuple[str, ...], epoch: int, migration: str, deadline: float
+) -> dict[str, str]:
+    """Hand out the orders, part by part, trying again while the side is away. Refusals by device."""
+    refused: dict[str, str] = {}
+    order = Orders(epoch=epoch, migration=migration, flags=Flags())
+    for start in range(0, len(devices), DELIVER_CHUNK):
+        chunk = dict.fromkeys(devices[start : start + DELIVER_CHUNK], order)
+        while True:
+            try:
+                refused.update(await side.deliver(chunk))
+                break
+            except (Unavailable, OSError, TimeoutError) as error:
+                if time.monotonic() >= deadline:
+                    raise Unavailable(
+                        f"the old side does not answer ({error}): {start} of {len(devices)} devices were "
+                        "ordered back; repair it and do this again"
+                    ) from error
+                log.warning("old_side_not_reached", reason=str(error))
+                await asyncio.sleep(ATTEMPT_EVERY_S)
+    return refused
