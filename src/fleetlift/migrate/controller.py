@@ -538,7 +538,13 @@ class Runner:
         self._journal_size = size
         for emergency in story.emergencies if story is not None else ():
             async with self._engine.acquire() as conn:
-                await store.add_emergency(conn, self.name, emergency.epoch, emergency.actor)
+                await store.add_emergency(
+                    conn,
+                    self.name,
+                    emergency.epoch,
+                    emergency.actor,
+                    devices=None if emergency.everything else emergency.devices,
+                )
 
     # -- acting ------------------------------------------------------------------------------------------
 

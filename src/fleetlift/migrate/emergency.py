@@ -6,16 +6,17 @@ devices obey it; the journal's own record of it tells the controller, when it is
 
 import asyncio
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import msgspec
 
-from fleetlift.core.errors import Unavailable
+from fleetlift.core.errors import BadInput, Unavailable
 from fleetlift.core.orders import DevicePhase, DeviceReport, Flags, Orders
 from fleetlift.log import get_logger
 from fleetlift.migrate.journal import Emergency, append, story
 from fleetlift.sides.base import Side
+from fleetlift.sides.open import connect_side
 
 log = get_logger(__name__)
 
@@ -29,7 +30,7 @@ class EmergencyResult(msgspec.Struct, frozen=True, kw_only=True):
 
     migration: str
     epoch: int
-    devices: tuple[str, ...]
+    told: tuple[str, ...]
     back: tuple[str, ...]
     silent: tuple[str, ...]
     refused: dict[str, str]
@@ -37,29 +38,38 @@ class EmergencyResult(msgspec.Struct, frozen=True, kw_only=True):
 
 async def revert_by_journal(
     path: Path,
-    side_factory: Callable[[Mapping[str, str]], Side],
+    side_factory: Callable[[Mapping[str, str]], Side] = connect_side,
     *,
+    migration: str | None = None,
+    devices: Sequence[str] | None = None,
     actor: str = "emergency",
     wait_s: float = 60.0,
     progress: Callable[[int, int], None] = lambda back, total: None,
 ) -> EmergencyResult:
-    """Order every device of the journal back to the old side, and wait for its word that it is there.
+    """Order the journal's devices (all, or `devices`) back to the old side; wait for their word.
 
-    `side_factory` is `sides.open.connect_side`. The old side may be away at first: it is tried again until
-    `wait_s` is over; Unavailable then, when no order could be handed to it. Repeating it is harmless.
+    `migration` is checked against the journal's, when given. The old side may be away at first: it is tried
+    again until `wait_s` is over; Unavailable then, when orders could not be handed to it. Repeating it is
+    harmless. Raises BadInput for a file that is no journal, or holds another migration or no such device.
     """
-    told = await asyncio.to_thread(story, path)
-    devices = tuple(sorted(told.orders))
-    epoch = max(told.epoch + 1, int(time.time()))
+    held = await asyncio.to_thread(story, path)
+    if migration is not None and migration != held.migration:
+        raise BadInput(f"{path} is the journal of migration {held.migration!r}, not of {migration!r}")
+    if unknown := set(devices or ()) - held.orders.keys():
+        raise BadInput(f"{min(unknown)} was never told to move by migration {held.migration!r}")
+    told = tuple(sorted(held.orders if devices is None else set(devices)))
+    epoch = max(held.epoch + 1, int(time.time()))
     # Before any device hears of it: a controller that comes back must not take the epoch for another order.
     await asyncio.to_thread(
-        append, path, [Emergency(at=time.time(), epoch=epoch, actor=actor, devices=devices)]
+        append,
+        path,
+        [Emergency(at=time.time(), epoch=epoch, actor=actor, devices=told, everything=devices is None)],
     )
-    side = side_factory({name: str(value) for name, value in told.old.items()})
+    side = side_factory({name: str(value) for name, value in held.old.items()})
     deadline = time.monotonic() + wait_s
     try:
-        refused = await _deliver(side, devices, epoch, told.migration, deadline)
-        wanted = set(devices) - refused.keys()
+        refused = await _deliver(side, told, epoch, held.migration, deadline)
+        wanted = set(told) - refused.keys()
         back: set[str] = set()
         while True:
             try:
@@ -74,9 +84,9 @@ async def revert_by_journal(
     finally:
         await side.close()
     result = EmergencyResult(
-        migration=told.migration,
+        migration=held.migration,
         epoch=epoch,
-        devices=devices,
+        told=told,
         back=tuple(sorted(back)),
         silent=tuple(sorted(wanted - back)),
         refused=dict(refused),
@@ -89,7 +99,8 @@ async def revert_by_journal(
                 at=time.time(),
                 epoch=epoch,
                 actor=actor,
-                devices=devices,
+                devices=told,
+                everything=devices is None,
                 back=result.back,
                 refused=result.refused,
             )

@@ -51,12 +51,13 @@ class Decided(msgspec.Struct, frozen=True, kw_only=True, tag="decided", tag_fiel
 
 
 class Emergency(msgspec.Struct, frozen=True, kw_only=True, tag="emergency", tag_field="kind"):
-    """`revert --journal` was used: every device of the journal was ordered back with `epoch`."""
+    """`revert --journal` was used: `devices` were ordered back with `epoch`."""
 
     at: float
     epoch: int
     actor: str
-    devices: tuple[str, ...]  # those that were ordered back
+    devices: tuple[str, ...]
+    everything: bool = True  # all devices of the journal; else single ones
     back: tuple[str, ...] = ()  # those of them that have reported to be back; filled by the last record
     refused: dict[str, str] = {}
 

@@ -328,15 +328,24 @@ async def add_request(conn: Conn, name: str, kind: RequestKind, args: Mapping[st
     return int(found)
 
 
-async def add_emergency(conn: Conn, name: str, epoch: int, actor: str) -> None:
-    """Ask for what `revert --journal` has done outside to be taken in; once for each epoch."""
+async def add_emergency(
+    conn: Conn, name: str, epoch: int, actor: str, *, devices: Sequence[str] | None
+) -> None:
+    """Ask for what `revert --journal` has done outside to be taken in; once for each epoch (and device).
+
+    `devices` None: everything went back.
+    """
+    kind = RequestKind.EMERGENCY if devices is None else RequestKind.REVERT
+    asked: list[dict[str, Any]] = [{"epoch": epoch}]
+    if devices is not None:
+        asked = [{"epoch": epoch, "device": device} for device in devices]
     await conn.execute(
         "INSERT INTO engine.request (migration, kind, args, actor) "
-        "SELECT $1, $2, jsonb_build_object('epoch', $3::bigint), $4 WHERE NOT EXISTS ("
-        "SELECT FROM engine.request WHERE migration = $1 AND kind = $2 AND (args->>'epoch')::bigint = $3)",
+        "SELECT $1, $2, a::jsonb, $4 FROM unnest($3::text[]) a WHERE NOT EXISTS ("
+        "SELECT FROM engine.request WHERE migration = $1 AND kind = $2 AND args = a::jsonb)",
         name,
-        RequestKind.EMERGENCY.value,
-        epoch,
+        kind.value,
+        [_json(one) for one in asked],
         actor,
     )
 

@@ -1,0 +1,204 @@
+"""The engine's tables: what is committed together, and who is turned away."""
+
+import asyncio
+from typing import Any
+
+import asyncpg
+import pytest
+from msgspec.structs import replace
+
+from fleetlift.core.errors import Conflict, NotFound
+from fleetlift.core.migration import (
+    AuditEntry,
+    GateResult,
+    Member,
+    MemberState,
+    MigrationState,
+    Phase,
+    RequestKind,
+    Verdict,
+)
+from fleetlift.core.timeline import TimelinePoint
+from fleetlift.migrate.controller import LEADER
+from fleetlift.store import engine as store
+from fleetlift.store.pool import sole_owner
+
+
+def members(count: int) -> dict[str, Member]:
+    return {f"car-{n}": Member(device=f"car-{n}", rank=n) for n in range(count)}
+
+
+async def make(conn: store.Conn, count: int = 3, name: str = "move") -> store.StoredMigration:
+    await store.create(
+        conn,
+        tenant="carshare",
+        plan="migration: move",
+        state=MigrationState(name=name, epoch=10, members=members(count)),
+        audit=[AuditEntry(kind="migration_started", text="started")],
+        created_by="ann",
+        now=1000.0,
+    )
+    return await store.load(conn, name)
+
+
+async def test_a_decision_is_stored_whole(pool: "asyncpg.Pool[Any]") -> None:
+    """State, members, audit, verdicts and answered requests are read back as they were decided."""
+    async with pool.acquire() as conn:
+        before = await make(conn)
+        asked = await store.add_request(conn, "move", RequestKind.PAUSE, {"why": "lunch"}, "ann")
+        raised = replace(
+            before.state.members["car-1"],
+            rung=1,
+            epoch=11,
+            state=MemberState.MOVING,
+            told_at=1001.5,
+            wave=0,
+            came_from=0,
+        )
+        after = replace(
+            before.state,
+            phase=Phase.PAUSED,
+            epoch=11,
+            wave_opened_at=1001.5,
+            kept_back=("car-9",),
+            members={**before.state.members, "car-1": raised, "car-7": Member(device="car-7", rank=7)},
+        )
+        gate = GateResult(gate="devices.silent == 0", verdict=Verdict.HOLD, why="…", evidence={"n": [1, 2]})
+        assert (await store.open_requests(conn, "move"))[0].args == {"why": "lunch"}
+        await store.commit(
+            conn,
+            before,
+            after,
+            audit=[AuditEntry(kind="migration_paused", text="paused", actor="ann", evidence={"a": 1})],
+            answered=[asked],
+            gates=[gate],
+            now=1002.0,
+        )
+        found = await store.load(conn, "move")
+        assert found.state == after
+        assert found.gates == (gate,)
+        assert await store.open_requests(conn, "move") == ()
+        assert await store.is_answered(conn, asked)
+        lines = await store.audit_page(conn, "move")
+        assert [(line.kind, line.actor) for line in lines] == [
+            ("migration_started", "controller"),
+            ("migration_paused", "ann"),
+        ]
+        assert await store.audit_page(conn, "move", after=lines[0].id) == lines[1:]
+
+
+async def test_of_two_controllers_that_decide_at_once_one_commits(pool: "asyncpg.Pool[Any]") -> None:
+    """The other is turned away and nothing of its decision is stored."""
+    async with pool.acquire() as one, pool.acquire() as other:
+        await make(one)
+        first, second = await store.load(one, "move"), await store.load(other, "move")
+
+        async def decide(conn: store.Conn, read: store.StoredMigration, who: str) -> None:
+            await store.commit(
+                conn,
+                read,
+                replace(
+                    read.state,
+                    reason=who,
+                    members={**read.state.members, who: Member(device=who, rank=50)},
+                ),
+                audit=[AuditEntry(kind="decided", text=who)],
+                now=1001.0,
+            )
+
+        outcomes = await asyncio.gather(
+            decide(one, first, "one"), decide(other, second, "other"), return_exceptions=True
+        )
+        assert [type(o) for o in outcomes if o is not None] == [Conflict]
+        winner = "one" if outcomes[0] is None else "other"
+        found = await store.load(one, "move")
+        assert found.state.reason == winner
+        assert {"one", "other"} & found.state.members.keys() == {winner}
+        assert [line.text for line in await store.audit_page(one, "move")] == ["started", winner]
+
+
+async def test_one_controller_leads_at_a_time(database_url: str) -> None:
+    """The next one waits until the first has let go, and then leads."""
+    order: list[str] = []
+
+    async def lead(who: str, hold: asyncio.Event) -> None:
+        async with sole_owner(database_url, LEADER, retry_s=0.02):
+            order.append(who)
+            leads.set()
+            await hold.wait()
+            order.append(f"{who} left")
+
+    gate, leads = asyncio.Event(), asyncio.Event()
+    async with asyncio.timeout(10), asyncio.TaskGroup() as group:
+        group.create_task(lead("first", gate))
+        await leads.wait()
+        group.create_task(lead("second", gate))
+        await asyncio.sleep(0.1)
+        assert order == ["first"]
+        gate.set()
+    assert order == ["first", "first left", "second", "second left"]
+
+
+async def test_a_hundred_thousand_members_are_stored_in_seconds(pool: "asyncpg.Pool[Any]") -> None:
+    """Creating, raising all and reading back a large fleet stays one transaction each."""
+    async with pool.acquire() as conn:
+        before = await make(conn, 100_000)
+        after = replace(
+            before.state,
+            members={d: replace(m, rung=1, epoch=11) for d, m in before.state.members.items()},
+        )
+        async with asyncio.timeout(30):
+            await store.commit(conn, before, after, now=1001.0)
+        [count] = await store.member_counts(conn, "move")
+        assert (count.rung, count.devices) == (1, 100_000)
+        page = await store.members_page(conn, "move", after=99_997)
+        assert [m.rank for m in page] == [99_998, 99_999]
+
+
+async def test_names_are_unique_and_the_unknown_is_not_found(pool: "asyncpg.Pool[Any]") -> None:
+    async with pool.acquire() as conn:
+        await make(conn)
+        with pytest.raises(Conflict):
+            await make(conn)
+        for call in (store.head(conn, "other"), store.load(conn, "other")):
+            with pytest.raises(NotFound):
+                await call
+        with pytest.raises(NotFound):
+            await store.add_request(conn, "other", RequestKind.PAUSE, {}, "ann")
+        assert await store.highest_epoch(conn) == 10
+        assert await store.claimed(conn, ["car-1", "car-99"], [Phase.RUNNING]) == [("car-1", "move")]
+
+
+async def test_an_emergency_is_asked_for_once(pool: "asyncpg.Pool[Any]") -> None:
+    """However often the journal is read, each emergency becomes one request."""
+    async with pool.acquire() as conn:
+        await make(conn)
+        for _ in range(3):
+            await store.add_emergency(conn, "move", 99, "ann", devices=None)
+            await store.add_emergency(conn, "move", 100, "ann", devices=["car-1", "car-2"])
+        asked = await store.open_requests(conn, "move")
+        assert [(r.kind, r.args) for r in asked] == [
+            (RequestKind.EMERGENCY, {"epoch": 99}),
+            (RequestKind.REVERT, {"epoch": 100, "device": "car-1"}),
+            (RequestKind.REVERT, {"epoch": 100, "device": "car-2"}),
+        ]
+
+
+async def test_the_timeline_is_read_in_its_order(pool: "asyncpg.Pool[Any]") -> None:
+    async with pool.acquire() as conn:
+        await make(conn)
+        point = TimelinePoint(
+            phase="running",
+            rung=1,
+            wave=0,
+            wave_phase="baking",
+            devices_old=2,
+            devices_both=1,
+            devices_new=0,
+        )
+        for at in (3.0, 1.0, 2.0):
+            await store.add_sample(conn, "move", at, replace(point, wave=int(at)))
+        assert [(at, p.wave) for at, p in await store.samples(conn, "move", since=1.0)] == [
+            (2.0, 2),
+            (3.0, 3),
+        ]
