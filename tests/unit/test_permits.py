@@ -52,5 +52,5 @@ def test_every_subject_names_the_device() -> None:
 
 @pytest.mark.parametrize("token", [b"", b"a.b", b"a.b.c", b"a.!!.c", b"a.e30.c", b"\xff.\xff.\xff"])
 def test_what_is_no_request_is_refused(token: bytes) -> None:
-    with pytest.raises(ValueError, match="."):
+    with pytest.raises(ValueError, match=r"."):
         read_request(token)
