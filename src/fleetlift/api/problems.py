@@ -23,6 +23,7 @@ from litestar.exceptions import (
 
 from fleetlift.core.errors import BadInput, Conflict, FleetError, Forbidden, NotFound, Unavailable
 from fleetlift.log import get_logger
+from fleetlift.migrate.planfile import BadPlan
 
 log = get_logger(__name__)
 
@@ -68,10 +69,14 @@ KINDS: dict[type[Exception], Kind] = {
     SerializationException: BAD_INPUT,
     msgspec.ValidationError: BAD_INPUT,
     msgspec.DecodeError: BAD_INPUT,
+    asyncpg.CharacterNotInRepertoireError: BAD_INPUT,
+    asyncpg.UntranslatableCharacterError: BAD_INPUT,
+    RecursionError: BAD_INPUT,  # JSON nested deeper than any document of ours
 }
 
 ADVICE = {
-    NOT_SIGNED_IN.slug: "Send the header 'Authorization: Bearer <token>'; `fleetlift token create` makes one.",
+    NOT_SIGNED_IN.slug: "Send 'Authorization: Bearer <token>' with a token that is known and not revoked; "
+    "`fleetlift token create` makes one.",
     NO_SUCH_PATH.slug: "The paths are listed in /api/openapi.json.",
     UNAVAILABLE.slug: "Try again in a few seconds; /readyz names the part that is missing.",
     INTERNAL.slug: "Look up the incident in the log of the server, and report it if it comes back.",
@@ -99,8 +104,13 @@ def kind_of(exc: Exception) -> Kind:
     return INTERNAL
 
 
-def field_errors(exc: Exception) -> list[dict[str, str]]:
+def field_errors(exc: Exception) -> list[dict[str, Any]]:
     """Which fields of the input are wrong: `{field, message}` of each, as Litestar found them."""
+    if isinstance(exc, BadPlan):
+        return [
+            {"field": p.key or "plan", "message": p.text, "line": p.line, "column": p.column}
+            for p in exc.problems
+        ]
     extra = getattr(exc, "extra", None)
     if not isinstance(extra, list):
         return []
@@ -114,11 +124,15 @@ def field_errors(exc: Exception) -> list[dict[str, str]]:
 def problem(exc: Exception, path: str) -> dict[str, Any]:
     """The document for `exc`; of an internal error nothing but its incident number gets out."""
     kind = kind_of(exc)
-    errors = field_errors(exc) if isinstance(exc, ValidationException) else []
+    errors = field_errors(exc)
     if isinstance(exc, FleetError) and kind is not INTERNAL:
         detail = str(exc) or kind.title
     elif errors:
         detail = "; ".join(f"{e['field']}: {e['message']}" for e in errors)
+    elif isinstance(exc, asyncpg.PostgresError) and kind is BAD_INPUT:
+        detail = "A text holds a character that cannot be stored, such as NUL."
+    elif isinstance(exc, RecursionError):
+        detail = "The document is nested too deeply."
     elif isinstance(exc, SerializationException) or kind is BAD_INPUT:
         cause = exc.__cause__ or exc
         detail = cause.detail if isinstance(cause, HTTPException) else str(cause)

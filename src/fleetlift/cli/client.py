@@ -1,7 +1,7 @@
 """The command line's connection to a Fleetlift API.
 
-Where it goes, in this order: `--data DIR` (the `admin.env` that `fleetlift serve` wrote there), the environment
-(`FLEETLIFT_URL`, `FLEETLIFT_TOKEN`, `FLEETLIFT_CA`), `./fleetlift-data/admin.env`.
+Where it goes, in this order: `--data DIR` (the `admin.env` that `fleetlift serve` wrote there), the
+environment (`FLEETLIFT_URL`, `FLEETLIFT_TOKEN`, `FLEETLIFT_CA`), `./fleetlift-data/admin.env`.
 """
 
 import json
@@ -65,8 +65,9 @@ def connect(data: Path | None = None) -> "Api":
         path = (data or DEFAULT_DATA) / "admin.env"
         if not path.is_file():
             raise Unavailable(
-                f"No server is known: {path} does not exist. Start one with 'fleetlift serve --data {path.parent}', "
-                "name its data directory with --data, or set FLEETLIFT_URL and FLEETLIFT_TOKEN."
+                f"No server is known: {path} does not exist. Start one with "
+                f"'fleetlift serve --data {path.parent}', name its data directory with --data, or set "
+                "FLEETLIFT_URL and FLEETLIFT_TOKEN."
             )
         try:
             values, origin = read_env(path), str(path)
@@ -175,8 +176,8 @@ class Api:
         text = str(exc)
         if "CERTIFICATE" in text.upper():
             return Unavailable(
-                f"{self.url} shows a certificate that cannot be checked ({text}). Set FLEETLIFT_CA to the file "
-                "of the authority that signed it, DIR/ca.pem of the server."
+                f"{self.url} shows a certificate that cannot be checked ({text}). Set FLEETLIFT_CA to the "
+                "file of the authority that signed it, DIR/ca.pem of the server."
             )
         return Unavailable(
             f"No Fleetlift server answers at {self.url} ({text or type(exc).__name__}). "

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
-from typing import Any
+from typing import Any, Protocol
 
 from rich.console import Console
 from rich.table import Table
@@ -187,9 +187,15 @@ def details(pairs: Iterable[tuple[str, Cell]]) -> None:
     out().print(table)
 
 
+class Advance(Protocol):
+    """Tells a progress bar that `by` more is done, and of how much in all when that is known by now."""
+
+    def __call__(self, by: float, total: float | None = None) -> None: ...
+
+
 @contextmanager
-def progress(what: str, total: float | None = None, unit: str = "") -> Iterator[Callable[[float], None]]:
-    """A progress bar with rate and time left; yields `advance(by)`. Silent when standard error is no terminal."""
+def progress(what: str, total: float | None = None, unit: str = "") -> Iterator[Advance]:
+    """A progress bar with rate and time left; yields `advance`. Silent away from a terminal."""
     from rich.progress import (
         BarColumn,
         MofNCompleteColumn,
@@ -219,4 +225,8 @@ def progress(what: str, total: float | None = None, unit: str = "") -> Iterator[
         transient=True,
     ) as bars:
         task = bars.add_task(what, total=total)
-        yield lambda by: bars.advance(task, by)
+
+        def advance(by: float, total: float | None = None) -> None:
+            bars.update(task, advance=by, total=total)
+
+        yield advance

@@ -3,7 +3,10 @@
 `migrate/status.py` fills it from the engine's tables. Times are Unix seconds, durations seconds.
 """
 
+from collections.abc import Callable, Mapping
+from datetime import UTC, datetime
 from enum import StrEnum
+from typing import Any
 
 import msgspec
 
@@ -105,3 +108,45 @@ class MigrationStatus(msgspec.Struct, frozen=True, kw_only=True):
     events: tuple[EventLine, ...] = ()  # the last dozen
     open_requests: int = 0  # asked for by people, not yet answered by the controller
     controller_seen_at: float | None = None  # when the controller last wrote; old: nobody decides
+
+
+# Names of the fields above (and of what they hold) that are moments: RFC 3339 on the wire, Unix seconds here.
+_MOMENTS = frozenset(
+    {"at", "now", "since", "started_at", "ended_at", "bake_started_at", "controller_seen_at"}
+)
+
+
+def to_document(status: MigrationStatus) -> dict[str, Any]:
+    """The status as JSON writes it, with moments in RFC 3339, UTC."""
+    document = _moments(msgspec.to_builtins(status), _written)
+    assert isinstance(document, dict)
+    return document
+
+
+def from_document(document: Mapping[str, Any]) -> MigrationStatus:
+    """The inverse of `to_document`. Raises msgspec.ValidationError for anything else."""
+    return msgspec.convert(_moments(document, _read), MigrationStatus)
+
+
+def _written(value: Any) -> Any:
+    if not isinstance(value, int | float):
+        return value
+    return datetime.fromtimestamp(value, UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+
+
+def _read(value: Any) -> Any:
+    try:
+        return datetime.fromisoformat(value).timestamp() if isinstance(value, str) else value
+    except ValueError:
+        return value
+
+
+def _moments(value: Any, turn: Callable[[Any], Any], *, key: str = "") -> Any:
+    """`value` with every moment in it turned; what a gate keeps as evidence is left as it is."""
+    if key == "evidence":
+        return value
+    if isinstance(value, Mapping):
+        return {k: turn(v) if k in _MOMENTS else _moments(v, turn, key=k) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_moments(v, turn) for v in value]
+    return value

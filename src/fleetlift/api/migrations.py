@@ -1,0 +1,407 @@
+"""Migrations: check and start a plan, watch it, steer it, read what happened and why."""
+
+import asyncio
+import time
+from collections.abc import AsyncIterator
+from datetime import datetime
+from typing import Annotated, Any, cast
+
+import msgspec
+from litestar import Response, Router, get, post
+from litestar.enums import MediaType
+from litestar.params import FromPath, JSONBody, QueryParameter
+from litestar.response import ServerSentEvent, ServerSentEventMessage
+
+from fleetlift.api.auth import OPERATOR, VIEWER
+from fleetlift.api.wire import (
+    LIMIT,
+    After,
+    Call,
+    Limit,
+    Listing,
+    Services,
+    moment,
+    owned_tenant,
+    services,
+    stamp,
+)
+from fleetlift.core.errors import BadInput, Conflict, Forbidden, NotFound, Unavailable
+from fleetlift.core.migration import Member, MemberState, RequestKind
+from fleetlift.core.plan import check_amendment
+from fleetlift.core.status import to_document
+from fleetlift.migrate import check, controller, report, status
+from fleetlift.migrate.check import PlanCheck
+from fleetlift.migrate.planfile import parse_plan
+from fleetlift.store import engine as store
+from fleetlift.store.engine import AuditRow, Conn, StoredMigration
+from fleetlift.store.paging import from_cursor, to_cursor
+
+PLAN_CHARS_MAX = 256 * 1024
+STREAMS_MAX = 100
+STREAM_POLL_S = 0.5
+STREAM_KEEPALIVE_S = 15.0
+WAIT_S_MAX = 20.0
+
+Wait = Annotated[
+    float,
+    QueryParameter(ge=0, le=WAIT_S_MAX, description="Seconds to wait for the controller to deal with it."),
+]
+
+
+class PlanIn(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """`plan`: the plan file, as text."""
+
+    plan: Annotated[str, msgspec.Meta(min_length=1, max_length=PLAN_CHARS_MAX)]
+
+
+class RevertIn(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Nothing: everything goes back. `wave`: the open wave does. `device`: this one does."""
+
+    wave: bool = False
+    device: str | None = None
+
+
+class MigrationOut(msgspec.Struct, frozen=True, kw_only=True):
+    """A migration in a list. `GET /migrations/{name}` says more."""
+
+    name: str
+    tenant: str
+    phase: str
+    reason: str
+    rung: int
+    wave: int
+    wave_phase: str
+    plan_version: int
+    reverts: int
+    created_by: str
+    created_at: datetime
+    updated_at: datetime
+
+
+class Asked(msgspec.Struct, frozen=True, kw_only=True):
+    """What was asked of the controller. `answered`: it has dealt with it; the audit log says how."""
+
+    request: int
+    kind: str
+    answered: bool
+
+
+class Event(msgspec.Struct, frozen=True, kw_only=True):
+    """One line of the audit log, with the figures that led to it."""
+
+    id: int
+    at: datetime
+    actor: str
+    kind: str
+    text: str
+    evidence: dict[str, Any]
+
+
+class MemberOut(msgspec.Struct, frozen=True, kw_only=True):
+    """A device of a migration. `rank` is its place in the order of waves; `rung` where it stands."""
+
+    device: str
+    rank: int
+    rung: int
+    epoch: int
+    state: str
+    reason: str
+    wave: int | None
+    told_at: datetime | None
+    moved_at: datetime | None
+
+
+def shown(m: StoredMigration) -> MigrationOut:
+    return MigrationOut(
+        name=m.name,
+        tenant=m.tenant,
+        phase=m.state.phase.value,
+        reason=m.state.reason,
+        rung=m.state.rung,
+        wave=m.state.wave,
+        wave_phase=m.state.wave_phase.value,
+        plan_version=m.plan_version,
+        reverts=m.state.reverts,
+        created_by=m.created_by,
+        created_at=moment(m.created_at),
+        updated_at=moment(m.updated_at),
+    )
+
+
+def shown_event(row: AuditRow) -> Event:
+    return Event(
+        id=row.id, at=moment(row.at), actor=row.actor, kind=row.kind, text=row.text, evidence=row.evidence
+    )
+
+
+def shown_member(m: Member) -> MemberOut:
+    return MemberOut(
+        device=m.device,
+        rank=m.rank,
+        rung=m.rung,
+        epoch=m.epoch,
+        state=m.state.value,
+        reason=m.reason,
+        wave=m.wave,
+        told_at=stamp(m.told_at),
+        moved_at=stamp(m.moved_at),
+    )
+
+
+async def visible(conn: Conn, request: Call, name: str) -> StoredMigration:
+    """The migration without its members; NotFound also for another tenant's."""
+    found = await store.head(conn, name)
+    if request.user.tenant not in (None, found.tenant):
+        raise NotFound(f"no migration named {name!r}: `fleetlift migrate list` shows those there are")
+    return found
+
+
+def may_bring_plans(request: Call) -> None:
+    """A plan names servers to connect to and queries to run with the server's own rights."""
+    if request.user.tenant is not None:
+        raise Forbidden(
+            "A plan names servers and queries, so it takes a token of every tenant to bring one. "
+            "Pausing, approving and reverting are open to the tenant's operators."
+        )
+
+
+@get("/", opt=VIEWER, summary="List migrations")
+async def list_migrations(request: Call, limit: Limit = LIMIT, after: After = None) -> Listing[MigrationOut]:
+    """By name."""
+    last = "" if after is None else from_cursor(after, tuple[str])[0]
+    async with services(request).engine.acquire() as conn:
+        found = await store.listed(conn, tenant=owned_tenant(request), after=last, limit=limit + 1)
+    more = len(found) > limit
+    return Listing([shown(m) for m in found[:limit]], to_cursor(found[limit - 1].name) if more else None)
+
+
+@post("/", opt=OPERATOR, summary="Start a migration")
+async def start_migration(request: Call, data: JSONBody[PlanIn]) -> MigrationOut:
+    """The plan is checked first; with a mistake in it nothing starts. Tokens of every tenant only."""
+    may_bring_plans(request)
+    found = services(request)
+    state = await controller.start_migration(
+        found.engine, data.plan, actor=request.user.name, now=time.time()
+    )
+    async with found.engine.acquire() as conn:
+        return shown(await store.head(conn, state.name))
+
+
+@post("/check", opt=OPERATOR, status_code=200, summary="Check a plan against the fleet")
+async def check_plan(request: Call, data: JSONBody[PlanIn]) -> PlanCheck:
+    """Which devices, which waves, what is missing. Nothing moves."""
+    may_bring_plans(request)
+    found = services(request)
+    return await check.check_plan(found.engine, found.pool, data.plan)
+
+
+@get("/{name:str}", opt=VIEWER, summary="How a migration stands")
+async def show_migration(request: Call, name: FromPath[str]) -> dict[str, Any]:
+    """Phase, steps and waves, devices by side, gates with their figures, rates, last events, stragglers."""
+    found = services(request)
+    async with found.engine.acquire() as conn:
+        await visible(conn, request, name)
+    return to_document(await status.read_status(found.engine, name, now=time.time()))
+
+
+async def ask(
+    request: Call, name: str, kind: RequestKind, args: dict[str, Any], wait: float
+) -> Response[Asked]:
+    """Note the request for the controller and wait up to `wait` seconds for it to be dealt with."""
+    found = services(request)
+    async with found.engine.acquire() as conn:
+        await visible(conn, request, name)
+        ident = await store.add_request(conn, name, kind, args, request.user.name)
+    deadline = time.monotonic() + wait
+    answered = False
+    while wait and not answered and time.monotonic() < deadline and not found.ctx.stop.is_set():
+        await asyncio.sleep(0.1)
+        async with found.engine.acquire() as conn:
+            answered = await store.is_answered(conn, ident)
+    return Response(
+        Asked(request=ident, kind=kind.value, answered=answered), status_code=200 if answered else 202
+    )
+
+
+@post("/{name:str}/pause", opt=OPERATOR, status_code=202, summary="Pause: nothing grows, gates stay armed")
+async def pause(request: Call, name: FromPath[str], wait: Wait = 0.0) -> Response[Asked]:
+    return await ask(request, name, RequestKind.PAUSE, {}, wait)
+
+
+@post("/{name:str}/resume", opt=OPERATOR, status_code=202, summary="Go on after a pause or a breach")
+async def resume(request: Call, name: FromPath[str], wait: Wait = 0.0) -> Response[Asked]:
+    return await ask(request, name, RequestKind.RESUME, {}, wait)
+
+
+@post("/{name:str}/approve", opt=OPERATOR, status_code=202, summary="Approve the wave that waits for it")
+async def approve(request: Call, name: FromPath[str], wait: Wait = 0.0) -> Response[Asked]:
+    return await ask(request, name, RequestKind.APPROVE, {}, wait)
+
+
+@post("/{name:str}/release", opt=OPERATOR, status_code=202, summary="Give up the way back for good")
+async def release(request: Call, name: FromPath[str], wait: Wait = 0.0) -> Response[Asked]:
+    return await ask(request, name, RequestKind.RELEASE, {}, wait)
+
+
+@post(
+    "/{name:str}/revert",
+    opt=OPERATOR,
+    status_code=202,
+    summary="Bring back everything, the open wave or one device",
+)
+async def revert(
+    request: Call, name: FromPath[str], data: JSONBody[RevertIn | None] = None, wait: Wait = 0.0
+) -> Response[Asked]:
+    """Works also while the new side is down."""
+    body = data or RevertIn()
+    if body.wave and body.device:
+        raise BadInput("Name either the wave or a device, not both.")
+    args: dict[str, Any] = {}
+    if body.wave:
+        args = {"wave": True}
+    if body.device:
+        args = {"device": body.device}
+        async with services(request).engine.acquire() as conn:
+            await visible(conn, request, name)
+            if not await conn.fetchval(
+                "SELECT true FROM engine.member WHERE migration = $1 AND device = $2", name, body.device
+            ):
+                raise NotFound(f"device {body.device!r} is not part of migration {name!r}: check its id")
+    return await ask(request, name, RequestKind.REVERT, args, wait)
+
+
+@post("/{name:str}/amend", opt=OPERATOR, status_code=202, summary="Replace the plan and go on with it")
+async def amend(
+    request: Call, name: FromPath[str], data: JSONBody[PlanIn], wait: Wait = 0.0
+) -> Response[Asked]:
+    """What has been climbed must stay the same; narrowing the fleet or coming waves is what it is for."""
+    may_bring_plans(request)
+    async with services(request).engine.acquire() as conn:
+        held = await visible(conn, request, name)
+    plan = parse_plan(data.plan)
+    if plan.name != name:
+        raise BadInput(f"The plan is of migration {plan.name!r}; to amend {name!r} it must carry that name.")
+    if plan.fleet.tenant != held.tenant:
+        raise Conflict(f"The plan is of tenant {plan.fleet.tenant!r}, the migration of {held.tenant!r}.")
+    check_amendment(parse_plan(held.plan), plan, held.state.rung)
+    return await ask(request, name, RequestKind.AMEND, {"plan": data.plan}, wait)
+
+
+@get("/{name:str}/plan", opt=VIEWER, summary="The plan, as text", media_type=MediaType.TEXT)
+async def show_plan(request: Call, name: FromPath[str]) -> str:
+    async with services(request).engine.acquire() as conn:
+        return (await visible(conn, request, name)).plan
+
+
+@get("/{name:str}/report", opt=VIEWER, summary="The report: one HTML file", media_type=MediaType.HTML)
+async def show_report(request: Call, name: FromPath[str]) -> str:
+    """Self-contained: needs no network. Works while the migration runs, too."""
+    found = services(request)
+    async with found.engine.acquire() as conn:
+        await visible(conn, request, name)
+    return await report.report_html(found.engine, found.pool, name)
+
+
+@get("/{name:str}/devices", opt=VIEWER, summary="The devices of a migration")
+async def list_members(
+    request: Call,
+    name: FromPath[str],
+    member_state: Annotated[
+        list[MemberState] | None,
+        QueryParameter(name="state", max_items=10, description="Only in these states."),
+    ] = None,
+    limit: Limit = LIMIT,
+    after: After = None,
+) -> Listing[MemberOut]:
+    """In the order of waves. Stragglers and excluded devices come with the reason."""
+    last = -1 if after is None else from_cursor(after, tuple[int])[0]
+    async with services(request).engine.acquire() as conn:
+        await visible(conn, request, name)
+        found = await store.members_page(conn, name, states=member_state or (), after=last, limit=limit + 1)
+    more = len(found) > limit
+    return Listing(
+        [shown_member(m) for m in found[:limit]], to_cursor(found[limit - 1].rank) if more else None
+    )
+
+
+class Streams:
+    """How many event streams are open: each costs a query every half second."""
+
+    def __init__(self) -> None:
+        self.open = 0
+
+
+STREAMS = Streams()
+
+
+@get("/{name:str}/events", opt=VIEWER, summary="The audit log")
+async def list_events(
+    request: Call, name: FromPath[str], limit: Limit = LIMIT, after: After = None
+) -> Response[Listing[Event]]:
+    """Oldest first. With `Accept: text/event-stream` new events follow as they happen; `Last-Event-ID` goes
+    on where a stream was lost."""
+    found = services(request)
+    streaming = "text/event-stream" in request.headers.get("accept", "")
+    last = 0 if after is None else from_cursor(after, tuple[int])[0]
+    async with found.engine.acquire() as conn:
+        await visible(conn, request, name)
+        if not streaming:
+            rows = await store.audit_page(conn, name, after=last, limit=limit + 1)
+            more = len(rows) > limit
+            cursor = to_cursor(rows[limit - 1].id) if more else None
+            return Response(Listing([shown_event(r) for r in rows[:limit]], cursor))
+    if STREAMS.open >= STREAMS_MAX:
+        raise Unavailable(f"{STREAMS_MAX} event streams are open already: close some, or read pages.")
+    resumed = request.headers.get("last-event-id", "")
+    if resumed.isdecimal() and len(resumed) < 19:
+        last = int(resumed)
+    return cast("Response[Listing[Event]]", ServerSentEvent(follow(found, name, last)))
+
+
+async def follow(found: Services, name: str, last: int) -> AsyncIterator[ServerSentEventMessage]:
+    """The events of a migration after `last`, then each new one, until the server stops."""
+    STREAMS.open += 1
+    try:
+        spoken = time.monotonic()
+        while not found.ctx.stop.is_set():
+            async with found.engine.acquire() as conn:
+                rows = await store.audit_page(conn, name, after=last, limit=200)
+            for row in rows:
+                last = row.id
+                yield ServerSentEventMessage(
+                    id=row.id, event=row.kind, data=msgspec.json.encode(shown_event(row)).decode()
+                )
+            if rows:
+                spoken = time.monotonic()
+                continue
+            if time.monotonic() - spoken > STREAM_KEEPALIVE_S:
+                spoken = time.monotonic()
+                yield ServerSentEventMessage(comment="still here")
+            try:
+                await asyncio.wait_for(found.ctx.stop.wait(), STREAM_POLL_S)
+            except TimeoutError:
+                continue
+    finally:
+        STREAMS.open -= 1
+
+
+router = Router(
+    "/migrations",
+    route_handlers=[
+        list_migrations,
+        start_migration,
+        check_plan,
+        show_migration,
+        pause,
+        resume,
+        approve,
+        release,
+        revert,
+        amend,
+        show_plan,
+        show_report,
+        list_members,
+        list_events,
+    ],
+    tags=["migrations"],
+)

@@ -1,0 +1,285 @@
+"""Checking a plan against the fleet before anything moves: which devices, which waves, what is missing."""
+
+import asyncio
+from collections.abc import Sequence
+from enum import StrEnum
+from typing import Any
+
+import asyncpg
+import msgspec
+
+from fleetlift.core import where
+from fleetlift.core.decide import cannot_move
+from fleetlift.core.errors import FleetError
+from fleetlift.core.gates import Gate, Source
+from fleetlift.core.migration import FleetDevice, Phase
+from fleetlift.core.plan import Plan, gates_of, ladder
+from fleetlift.core.units import Share, format_devices
+from fleetlift.core.waves import approved, ordered
+from fleetlift.migrate.controller import read_inventory, selected
+from fleetlift.migrate.measure import number, prometheus
+from fleetlift.migrate.planfile import parse_plan
+from fleetlift.store import engine as store
+
+SHOWN_MAX = 1000  # devices named in one list of the answer
+QUERY_S = 3.0
+RECENT_S = 3600.0
+_BUSY = (Phase.RUNNING, Phase.PAUSED, Phase.HELD, Phase.REVERTING, Phase.FINISHED)
+
+
+class Severity(StrEnum):
+    ERROR = "error"  # the migration would not start, or could not go on
+    WARNING = "warning"
+
+
+class Finding(msgspec.Struct, frozen=True, kw_only=True):
+    """One thing that is missing or doubtful, and what to do. `kind` is a stable name."""
+
+    severity: Severity
+    kind: str
+    text: str
+
+
+class Excluded(msgspec.Struct, frozen=True, kw_only=True):
+    device: str
+    reason: str
+
+
+class PlannedWave(msgspec.Struct, frozen=True, kw_only=True):
+    """One wave: its share as written, how many devices it adds, and how many stand on its rung then."""
+
+    label: str
+    adds: int
+    total: int
+
+
+class PlannedRung(msgspec.Struct, frozen=True, kw_only=True):
+    """One step's stage. `bake_s`: how long each wave is watched; `gates`: what must hold meanwhile."""
+
+    rung: int
+    step: str
+    stage: str
+    bake_s: float
+    approve: bool
+    gates: tuple[str, ...]
+    waves: tuple[PlannedWave, ...]
+
+
+class PlanCheck(msgspec.Struct, frozen=True, kw_only=True):
+    """What `migrate check` says. `order` are the first devices to move; lists are cut at `SHOWN_MAX`."""
+
+    ok: bool
+    migration: str
+    tenant: str
+    from_side: str
+    to_side: str
+    inventory: int  # devices the old side knows
+    selected: int  # of these, what the plan's condition selects
+    movable: int
+    connected: int  # of the movable ones, connected to the old side now
+    order: tuple[str, ...]
+    excluded: tuple[Excluded, ...]
+    excluded_total: int
+    rungs: tuple[PlannedRung, ...]
+    takes_s: float  # at least: every wave that adds devices bakes once
+    findings: tuple[Finding, ...]
+
+
+async def check_plan(engine: "asyncpg.Pool[Any]", backend: "asyncpg.Pool[Any]", plan_text: str) -> PlanCheck:
+    """Read the fleet from the old side and lay the plan over it. Raises BadInput for the plan's own mistakes.
+
+    A side that does not answer is a finding, not an error: the rest of the plan is shown all the same.
+    """
+    plan = parse_plan(plan_text)
+    findings: list[Finding] = []
+    inventory: tuple[FleetDevice, ...] = ()
+    try:
+        inventory = await read_inventory(plan)
+    except FleetError as problem:
+        findings.append(
+            Finding(severity=Severity.ERROR, kind="old_side_away", text=f"The old side: {problem}")
+        )
+    fleet = selected(plan, inventory)
+    shown = lay_out(plan, inventory, fleet)
+    if inventory:
+        findings += fleet_findings(plan, inventory, fleet)
+    findings += await _engine_findings(engine, plan, fleet)
+    findings += await _gate_findings(backend, plan)
+    return msgspec.structs.replace(
+        shown, findings=tuple(findings), ok=all(f.severity is not Severity.ERROR for f in findings)
+    )
+
+
+def lay_out(plan: Plan, inventory: Sequence[FleetDevice], fleet: Sequence[FleetDevice]) -> PlanCheck:
+    """Devices and waves of the plan, as the controller would take them now."""
+    reasons = {d.id: cannot_move(plan.fleet, d) for d in fleet}
+    movable = [d for d in fleet if reasons[d.id] is None]
+    order = ordered(plan.name, plan.fleet.canaries, [d.id for d in movable])
+    excluded = [Excluded(device=i, reason=why) for i, why in sorted(reasons.items()) if why is not None]
+    takes_s = 0.0
+    rungs: list[PlannedRung] = []
+    below: list[Share] = []
+    for rung in ladder(plan)[1:]:
+        waves, before = [], 0
+        for share in rung.waves:
+            total = max(before, approved((share, *below), len(order)))
+            waves.append(PlannedWave(label=str(share), adds=total - before, total=total))
+            takes_s += rung.bake_s if total > before else 0.0
+            before = total
+        below.append(rung.waves[-1])
+        rungs.append(
+            PlannedRung(
+                rung=rung.index,
+                step=str(rung.move),
+                stage=rung.stage,
+                bake_s=rung.bake_s,
+                approve=rung.approve,
+                gates=tuple(gate.text for gate in rung.gates),
+                waves=tuple(waves),
+            )
+        )
+    return PlanCheck(
+        ok=True,
+        migration=plan.name,
+        tenant=plan.fleet.tenant,
+        from_side=plan.old.kind,
+        to_side=plan.new.kind,
+        inventory=len(inventory),
+        selected=len(fleet),
+        movable=len(movable),
+        connected=sum(d.connected for d in movable),
+        order=order[:SHOWN_MAX],
+        excluded=tuple(excluded[:SHOWN_MAX]),
+        excluded_total=len(excluded),
+        rungs=tuple(rungs),
+        takes_s=takes_s,
+        findings=(),
+    )
+
+
+def fleet_findings(
+    plan: Plan, inventory: Sequence[FleetDevice], fleet: Sequence[FleetDevice]
+) -> list[Finding]:
+    """What the fleet itself lacks: attributes no device has, canaries that are not there, nothing to move."""
+    found = []
+    known = {f"attributes.{name}" for d in inventory for name in d.attributes}
+    for condition in filter(str.strip, (plan.fleet.where, plan.fleet.updatable)):
+        for name in sorted(where.attributes_used(where.parse(condition))):
+            if not any(name == k or name.startswith(f"{k}.") for k in known):
+                found.append(
+                    Finding(
+                        severity=Severity.WARNING,
+                        kind="unknown_attribute",
+                        text=f"No device has {name}, which {condition!r} asks for: check its spelling. "
+                        f"Known are {', '.join(sorted(known)[:12]) or 'none'}.",
+                    )
+                )
+    movable = {d.id for d in fleet if cannot_move(plan.fleet, d) is None}
+    strangers = [c for c in plan.fleet.canaries if c not in movable]
+    if strangers:
+        found.append(
+            Finding(
+                severity=Severity.WARNING,
+                kind="canary_not_there",
+                text=f"Canaries that cannot go first: {', '.join(strangers[:10])}. They are not among the "
+                "devices to be moved.",
+            )
+        )
+    if not movable:
+        found.append(
+            Finding(
+                severity=Severity.ERROR,
+                kind="nothing_to_move",
+                text=f"No device can be moved: {len(inventory):,} known, {len(fleet):,} selected.",
+            )
+        )
+    away = sum(not d.connected for d in fleet if d.id in movable)
+    if away:
+        found.append(
+            Finding(
+                severity=Severity.WARNING,
+                kind="devices_away",
+                text=f"{format_devices(away)} of {len(movable):,} to be moved "
+                f"{'is' if away == 1 else 'are'} not connected now: told when they are back, stragglers until "
+                "then.",
+            )
+        )
+    return found
+
+
+async def _engine_findings(
+    engine: "asyncpg.Pool[Any]", plan: Plan, fleet: Sequence[FleetDevice]
+) -> list[Finding]:
+    found = []
+    async with engine.acquire() as conn:
+        phase = await conn.fetchval("SELECT phase FROM engine.migration WHERE name = $1", plan.name)
+        taken = await store.claimed(conn, [d.id for d in fleet], _BUSY)
+    if phase is not None:
+        found.append(
+            Finding(
+                severity=Severity.WARNING,
+                kind="name_taken",
+                text=f"A migration {plan.name!r} exists already ({phase}): amend it, or choose another name.",
+            )
+        )
+    others = sorted({(m, d) for d, m in taken if m != plan.name})
+    if others:
+        names = sorted({m for m, _ in others})
+        found.append(
+            Finding(
+                severity=Severity.ERROR,
+                kind="devices_taken",
+                text=f"{format_devices(len(others))} are part of {', '.join(names)} ({others[0][1]}, for "
+                "one): revert or release that first.",
+            )
+        )
+    return found
+
+
+async def _gate_findings(backend: "asyncpg.Pool[Any]", plan: Plan) -> list[Finding]:
+    """Gates that would have no data: a gate without data never lets a wave advance."""
+    found = []
+    gates = gates_of(plan)
+    by_commands = [
+        g for g in gates if g.metric.startswith("commands.") and g.metric != "commands.executed_twice"
+    ]
+    if by_commands:
+        async with backend.acquire() as conn:
+            sent = await conn.fetchval(
+                "SELECT count(*) FROM command "
+                "WHERE tenant = $1 AND created_at > now() - make_interval(secs => $2)",
+                plan.fleet.tenant,
+                RECENT_S,
+            )
+        if not sent:
+            found.append(
+                Finding(
+                    severity=Severity.WARNING,
+                    kind="gate_without_data",
+                    text=f"{', '.join(g.text for g in by_commands)}: no command was sent in the last hour. "
+                    "Without commands these gates have no data, and no wave of theirs advances.",
+                )
+            )
+    for gate in gates:
+        if gate.source is not Source.METRIC and (why := await _unreadable(backend, gate)):
+            found.append(
+                Finding(severity=Severity.WARNING, kind="gate_without_data", text=f"{gate.text}: {why}")
+            )
+    return found
+
+
+async def _unreadable(backend: "asyncpg.Pool[Any]", gate: Gate) -> str | None:
+    """Why a free query gives no figure now; None when it does."""
+    try:
+        async with asyncio.timeout(QUERY_S + 1):
+            if gate.source is Source.PROMETHEUS:
+                sample = await prometheus(gate.url, gate.query)
+            else:
+                async with backend.acquire() as conn, conn.transaction(readonly=True):
+                    await conn.execute(f"SET LOCAL statement_timeout = {int(QUERY_S * 1000)}")
+                    sample = number(await conn.fetchval(gate.query))
+    except (FleetError, OSError, TimeoutError, asyncpg.PostgresError) as problem:
+        return f"gives no figure now ({problem or type(problem).__name__})"
+    if sample.value is None:
+        return f"gives no figure now ({sample.evidence.get('summary', 'no rows')})"
+    return None
