@@ -278,9 +278,11 @@ def judge(gate: Gate, sample: Sample | None) -> GateResult:
     limit = gate.limit
     if gate.ratio is not None:
         old = sample.old
-        old_known = old is not None and math.isfinite(old) and sample.old_n >= max(gate.at_least, 1)
-        if old_known:
-            assert old is not None
+        if (
+            old is not None
+            and math.isfinite(gate.ratio * old)  # a limit without end would let everything pass
+            and sample.old_n >= max(gate.at_least, 1)
+        ):
             limit = _laxer(gate.op, gate.ratio * old, gate.limit)
         elif limit is None or not _holds(gate.op, value, limit):
             return _missing(gate, sample, f"the old side has too little to compare with (n = {sample.old_n})")

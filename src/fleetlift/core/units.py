@@ -52,6 +52,8 @@ def format_duration(seconds: float) -> str:
 
 def format_count(value: float) -> str:
     """15310 is `15,310`; a fraction keeps up to four significant decimals."""
+    if abs(value) >= 1e15:
+        return f"{value:.3g}"
     if float(value).is_integer():
         return f"{int(value):,}"
     text = f"{value:,.4f}".rstrip("0")
@@ -140,5 +142,7 @@ def format_quantity(value: float, unit: str) -> str:
     if unit == "s":
         if abs(value) < 1:
             return f"{value * 1000:.3g} ms" if abs(value) < 0.1 else f"{value * 1000:.0f} ms"
-        return f"{value:.2f}".rstrip("0").rstrip(".") + " s" if value < 120 else format_duration(round(value))
+        if 120 <= value < _LONGEST_S:
+            return format_duration(round(value))
+        return f"{value:.2f}".rstrip("0").rstrip(".") + " s" if abs(value) < 120 else f"{value:.3g} s"
     return format_count(value) + (f" {unit}" if unit else "")

@@ -22,9 +22,9 @@ from fleetlift.core.gates import Gate, Source, did_you_mean, parse_gate, parse_q
 from fleetlift.core.identity import checked_device_id, checked_tenant_id
 from fleetlift.core.plan import STAGES, Fleet, Move, OnBreach, Plan, SideSpec, Step
 from fleetlift.core.units import Share, parse_duration, parse_share
+from fleetlift.sides.open import side_kinds as installed_sides
 
 MAX_BYTES: Final = 256 * 1024
-SIDE_KINDS: Final = ("fleetlift", "legacy")
 LEVERS: Final = ("flag",)
 
 _STEP_KINDS_OF_TENANTS: Final = ("copy", "warm", "validate", "freeze", "switch", "drain")
@@ -43,10 +43,18 @@ _TOP: Final = (
 )
 _STEP: Final = ("move", "stages", "waves", "gates", *_DEFAULTS)
 _NAME = re.compile(r"[a-zA-Z0-9][a-zA-Z0-9_-]{0,62}", re.ASCII)
-_SIDE_KIND = re.compile(r"[a-zA-Z_][\w.\-]*(?::[a-zA-Z_]\w*)?", re.ASCII)
 _SECRET = re.compile(r"password|passwd|secret|token|credential|api_?key|private_?key", re.IGNORECASE)
 _OPTION = re.compile(r"[a-z][a-z0-9_]{0,40}", re.ASCII)
 _WAVES_MAX, _STEPS_MAX, _GATES_MAX, _CANARIES_MAX = 100, 100, 100, 10_000
+_DEPTH_MAX: Final = 16
+_TOLD_MAX: Final = 100  # problems in the text of one error
+_OPENING: Final = (
+    yaml.FlowSequenceStartToken,
+    yaml.FlowMappingStartToken,
+    yaml.BlockSequenceStartToken,
+    yaml.BlockMappingStartToken,
+)
+_CLOSING: Final = (yaml.FlowSequenceEndToken, yaml.FlowMappingEndToken, yaml.BlockEndToken)
 _NO_GATES: tuple[Gate, ...] = ()
 _NO_CANARIES: tuple[str, ...] = ()
 
@@ -68,11 +76,13 @@ class BadPlan(BadInput):
     def __init__(self, file: str, problems: Collection[Problem]) -> None:
         self.file = file
         self.problems = tuple(sorted(problems, key=lambda p: (p.line, p.column)))
-        super().__init__(
-            "\n".join(
-                f"{file}:{p.line}:{p.column}: {p.key + ': ' if p.key else ''}{p.text}" for p in self.problems
-            )
-        )
+        lines = [
+            f"{file}:{p.line}:{p.column}: {p.key + ': ' if p.key else ''}{p.text}"
+            for p in self.problems[:_TOLD_MAX]
+        ]
+        if len(self.problems) > _TOLD_MAX:
+            lines.append(f"{file}: and {len(self.problems) - _TOLD_MAX} more")
+        super().__init__("\n".join(lines))
 
 
 def load_plan(path: Path) -> Plan:
@@ -92,16 +102,16 @@ def parse_plan(
     text: str,
     *,
     file: str = "plan.yaml",
-    side_kinds: Collection[str] = SIDE_KINDS,
+    side_kinds: Collection[str] | None = None,
     levers: Collection[str] = LEVERS,
 ) -> Plan:
     """The plan that `text` writes. Raises BadPlan with all mistakes at once.
 
-    `side_kinds` are the backends known by a short name; a dotted name (`package.module:Side`) is taken as
-    it is, and found when the side is opened.
+    `side_kinds` None: those that this installation knows.
     """
+    kinds = installed_sides() if side_kinds is None else tuple(side_kinds)
     root = _compose(text, file)
-    reader = _Reader(side_kinds=tuple(side_kinds), levers=tuple(levers))
+    reader = _Reader(side_kinds=kinds, levers=tuple(levers))
     plan = reader.plan(root)
     if reader.problems or plan is None:
         raise BadPlan(file, reader.problems)
@@ -116,7 +126,11 @@ def _compose(text: str, file: str) -> yaml.Node:
     if len(text.encode(errors="replace")) > MAX_BYTES:
         raise broken(f"a plan has at most {MAX_BYTES // 1024} KiB")
     try:
+        depth = 0
         for token in yaml.scan(text, Loader=yaml.SafeLoader):
+            depth += isinstance(token, _OPENING) - isinstance(token, _CLOSING)
+            if depth > _DEPTH_MAX:
+                raise broken("lists or mappings are nested too deeply", token.start_mark)
             # A reference can make a file of one line as large as the world, or a loop.
             if isinstance(token, yaml.AliasToken):
                 raise broken("references (*name) are not used in plans: write it out", token.start_mark)
@@ -126,8 +140,6 @@ def _compose(text: str, file: str) -> yaml.Node:
         raise broken(f"this is not YAML: {what}", exc.problem_mark or exc.context_mark) from exc
     except (yaml.YAMLError, ValueError, OverflowError) as exc:
         raise broken(f"this is not YAML: {str(exc).splitlines()[0] if str(exc) else exc}") from exc
-    except RecursionError as exc:
-        raise broken("lists or mappings are nested too deeply") from exc
     if root is None:
         raise broken("the plan is empty; docs/plan.md shows one")
     return root
@@ -229,13 +241,17 @@ class _Reader:
             return None
         if not parts:
             return self._wrong(node, key, f"expected {expected}")
-        kind = next((name for name in parts if name in self._side_kinds), next(iter(parts)))
-        if kind not in self._side_kinds and not ("." in kind and _SIDE_KIND.fullmatch(kind)):
+        kinds = [name for name in parts if name in self._side_kinds]
+        if not kinds:
+            first = next(iter(parts))
             return self._wrong(
-                parts[kind],
-                f"{key}.{kind}",
-                f"is not a kind of side{did_you_mean(kind, self._side_kinds)}; expected {expected}",
+                parts[first],
+                f"{key}.{first}",
+                f"is not a kind of side{did_you_mean(first, self._side_kinds)}; expected {expected}",
             )
+        if len(kinds) > 1:
+            return self._wrong(node, key, f"names more than one side: {', '.join(kinds)}")
+        (kind,) = kinds
         texts = {name: self._side_text(part, f"{key}.{name}", name) for name, part in parts.items()}
         for name in parts:
             if name != kind and not _OPTION.fullmatch(name):
@@ -550,7 +566,10 @@ class _Reader:
         self, node: yaml.Node, parts: Mapping[str, yaml.Node], needed: tuple[str, ...], key: str
     ) -> None:
         for name in needed:
-            if name not in parts:
+            # A key that looks like a misspelt one is complained of already, with the right spelling.
+            others = (other for other in parts if other not in needed)
+            misspelt = any(repr(name) in did_you_mean(other, needed) for other in others)
+            if name not in parts and not misspelt:
                 self._wrong(node, _join(key, name), "is missing")
 
     def _get(
@@ -570,14 +589,18 @@ class _Reader:
             Problem(
                 line=mark.line + 1 if mark else 1,
                 column=mark.column + 1 if mark else 1,
-                key=key,
-                text=text,
+                key=_short(key, 200),
+                text=_short(text, 1000),
             )
         )
 
 
 def _pairs(node: yaml.MappingNode) -> Iterator[tuple[yaml.Node, yaml.Node]]:
     yield from node.value
+
+
+def _short(text: str, most: int) -> str:
+    return text if len(text) <= most else text[:most] + " …"
 
 
 def _once(*names: str) -> tuple[str, ...]:

@@ -33,6 +33,11 @@ def connect_side(spec: Mapping[str, str], *, builders: Mapping[str, Builder] | N
     return kinds[kind](spec[kind], {name: value for name, value in spec.items() if name != kind})
 
 
+def side_kinds() -> tuple[str, ...]:
+    """The kinds of sides that a plan can name here: the built-in ones and those of installed packages."""
+    return tuple({**_BUILT_IN, **_registered()})
+
+
 def legacy_key(options: Mapping[str, str]) -> str:
     """The owner's key of a legacy server: from the file that `key_file` names, or FLEETLIFT_LEGACY_KEY."""
     if path := options.get("key_file"):
