@@ -34,6 +34,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
 
     nats_url: str = "nats://127.0.0.1:4222"
     nats_embedded: bool = True
+    nats_ca: str = ""  # PEM file of the authority of an external server reached by tls://
     nats_auth_user: str = "auth"  # account AUTH: answers the auth callout
     nats_auth_password: str = ""
     nats_svc_user: str = "svc"  # account DEV: the services, beside the devices
@@ -81,7 +82,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
 class Overrides(msgspec.Struct, frozen=True, kw_only=True):
     """What the environment says: engines of one's own instead of the embedded ones, and limits."""
 
-    nats_url: str = ""
+    nats_url: str = ""  # nats://HOST:PORT, or tls://HOST:PORT
+    nats_ca: str = ""
     nats_auth_user: str = "auth"
     nats_auth_password: str = ""
     nats_svc_user: str = "svc"
@@ -117,7 +119,15 @@ def overrides_from(environ: Mapping[str, str] | None = None) -> Overrides:
             found[field.name] = int(text)
         else:
             found[field.name] = text
-    return msgspec.convert(found, Overrides)
+    overrides = msgspec.convert(found, Overrides)
+    needed = ("nats_auth_password", "nats_svc_password", "nats_sys_password", "nats_issuer_seed")
+    missing = [f"FLEETLIFT_{name.upper()}" for name in needed if not getattr(overrides, name)]
+    if overrides.nats_url and missing:
+        raise BadInput(
+            f"FLEETLIFT_NATS_URL is set, but not {', '.join(missing)}: docs/engines.md says which users and "
+            "keys an external NATS needs"
+        )
+    return overrides
 
 
 def write_private(path: Path, text: str) -> None:

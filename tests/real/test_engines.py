@@ -11,13 +11,16 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from pathlib import Path
 
 import asyncpg
+import msgspec
 import psutil
 import pytest
 from mqtt_paho import PahoDevice
 
 from fleetlift.backend import registry
 from fleetlift.backend.context import Context
+from fleetlift.bus.embedded import EmbeddedNats
 from fleetlift.bus.log import read
+from fleetlift.certificates import own_certificates
 from fleetlift.config import read_env
 from fleetlift.core.errors import Conflict, Unavailable
 from fleetlift.edge import auth
@@ -277,6 +280,37 @@ class TestServe:
                     trust.wrap_socket(raw, server_hostname=name) as tls,
                 ):
                     assert tls.version() == "TLSv1.3"
+
+    async def test_engines_of_ones_own_serve_as_well(
+        self, directory: Path, database_url: str, engine_loop: LoopThread
+    ) -> None:
+        """With FLEETLIFT_DATABASE_URL and FLEETLIFT_NATS_URL (by TLS) nothing is started but the workers."""
+        server = TestNats(directory)
+        files = own_certificates(directory, [])
+        settings = msgspec.structs.replace(
+            server.settings, nats_url=server.settings.nats_url.replace("nats:", "tls:"), nats_ca=str(files.ca)
+        )
+        secured = EmbeddedNats(directory / "nats", settings, log_file=directory / "nats.log")
+        secured.extra = f'tls {{ cert_file: "{files.cert}", key_file: "{files.key}" }}\n'
+        engine_loop.run(secured.start())
+        environment = {
+            "FLEETLIFT_DATABASE_URL": database_url,
+            "FLEETLIFT_NATS_URL": settings.nats_url,
+            "FLEETLIFT_NATS_CA": settings.nats_ca,
+            "FLEETLIFT_NATS_AUTH_PASSWORD": settings.nats_auth_password,
+            "FLEETLIFT_NATS_SVC_PASSWORD": settings.nats_svc_password,
+            "FLEETLIFT_NATS_SYS_PASSWORD": settings.nats_sys_password,
+            "FLEETLIFT_NATS_ISSUER_SEED": settings.nats_issuer_seed,
+        }
+        try:
+            async with running_backend(
+                directory / "data", mqtt=settings.mqtt, arguments=FEW, environment=environment
+            ) as backend:
+                names = {child.name() for child in psutil.Process(backend.pid).children(recursive=True)}
+                assert not names & {"postgres", "nats-server"}
+                assert not (backend.data_dir / "postgresql").exists()
+        finally:
+            engine_loop.run(secured.stop())
 
     async def test_a_busy_port_is_told_before_anything_starts(self, directory: Path) -> None:
         with socket.socket() as taken:

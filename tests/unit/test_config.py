@@ -41,10 +41,16 @@ def test_without_a_run_file_the_error_says_what_to_do(tmp_path: Path) -> None:
 def test_the_environment_overrides() -> None:
     """Every field of Overrides has its FLEETLIFT_ variable; what is not a number is named."""
     assert overrides_from({}) == Overrides()
-    found = overrides_from({"FLEETLIFT_NATS_URL": "nats://n:4222", "FLEETLIFT_LOG_MAX_AGE_S": "60"})
-    assert (found.nats_url, found.log_max_age_s) == ("nats://n:4222", 60)
+    found = overrides_from({"FLEETLIFT_DATABASE_URL": "postgresql://h/d", "FLEETLIFT_LOG_MAX_AGE_S": "60"})
+    assert (found.database_url, found.log_max_age_s) == ("postgresql://h/d", 60)
     with pytest.raises(BadInput, match="FLEETLIFT_LOG_MAX_BYTES"):
         overrides_from({"FLEETLIFT_LOG_MAX_BYTES": "lots"})
+
+
+def test_an_external_nats_needs_its_passwords() -> None:
+    """Half a configuration is refused at once, with the names of what is missing."""
+    with pytest.raises(BadInput, match="FLEETLIFT_NATS_ISSUER_SEED"):
+        overrides_from({"FLEETLIFT_NATS_URL": "nats://n:4222", "FLEETLIFT_NATS_SVC_PASSWORD": "x"})
 
 
 @pytest.mark.parametrize("text", ["", "localhost", ":80", "h:port", "h:70000"])

@@ -10,6 +10,7 @@ from nats.js.api import DiscardPolicy, RetentionPolicy, StorageType, StreamConfi
 from nats.js.errors import NotFoundError
 
 from fleetlift.bus.subjects import STORED, STREAM
+from fleetlift.bus.wire import trusting
 from fleetlift.config import Settings
 from fleetlift.core.errors import Unavailable
 from fleetlift.log import get_logger
@@ -42,6 +43,7 @@ async def connected(
             error_cb=on_error,
             ping_interval=20,
             pending_size=8 * 1024 * 1024,
+            tls=trusting(settings.nats_ca) if settings.nats_url.startswith("tls:") else None,
         )
     except (OSError, NatsError) as problem:
         raise Unavailable(f"NATS at {settings.nats_url} does not answer ({problem})") from problem

@@ -64,7 +64,7 @@ def server_binary() -> Path:
 
 def configuration(settings: Settings, store: Path, *, sync: str = "100ms") -> str:
     """The server's configuration file. Contains passwords."""
-    host, port = split_address(settings.nats_url.removeprefix("nats://"))
+    host, port = split_address(settings.nats_url.partition("://")[2])
     edge = settings.mqtts or settings.mqtt
     mqtt_host, mqtt_port = split_address(edge)
     soft_limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -155,13 +155,14 @@ class EmbeddedNats:
             ready=self._answers,
         )
         self._sync = sync
+        self.extra = ""  # more of the server's configuration
 
     async def start(self) -> None:
         """Start the server; returns once it takes connections. Raises Unavailable with the reason."""
         self.directory.mkdir(parents=True, exist_ok=True)
         self.directory.chmod(0o700)
         text = configuration(self.settings, self.directory / "jetstream", sync=self._sync)
-        write_private(self.directory / "nats.conf", text)
+        write_private(self.directory / "nats.conf", text + self.extra)
         await self.child.start()
 
     async def stop(self) -> None:
@@ -172,6 +173,7 @@ class EmbeddedNats:
             self.settings.nats_url,
             user=self.settings.nats_svc_user,
             password=self.settings.nats_svc_password,
+            ca=self.settings.nats_ca,
             name="ready",
             on_message=lambda *_: None,
             timeout_s=2.0,

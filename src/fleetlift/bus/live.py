@@ -33,6 +33,7 @@ async def listen(settings: Settings, *, subjects: Sequence[str], name: str, deli
                 settings.nats_url,
                 user=settings.nats_svc_user,
                 password=settings.nats_svc_password,
+                ca=settings.nats_ca,
                 name=f"live {name}",
                 on_message=on_message,
             )

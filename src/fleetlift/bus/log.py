@@ -193,6 +193,7 @@ class _Source:
             self._settings.nats_url,
             user=self._settings.nats_svc_user,
             password=self._settings.nats_svc_password,
+            ca=self._settings.nats_ca,
             name=f"log-reader {self._name}",
             on_message=self._on_message,
         )
@@ -336,7 +337,8 @@ class _Source:
         code = status[:3]
         if code == "100":  # heartbeat
             return
-        ended = code in ("404", "408") or (code == "409" and "maxbytes" in status.lower().replace(" ", ""))
+        text = status.lower().replace(" ", "")
+        ended = code in ("404", "408") or (code == "409" and ("maxbytes" in text or "completed" in text))
         if ended and "Nats-Pending-Messages" in headers:
             # This request has ended; what it did not fill is not coming any more.
             self._outstanding -= int(headers["Nats-Pending-Messages"])

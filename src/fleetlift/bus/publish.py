@@ -112,6 +112,7 @@ class Publisher:
                 self._settings.nats_url,
                 user=self._settings.nats_svc_user,
                 password=self._settings.nats_svc_password,
+                ca=self._settings.nats_ca,
                 name=self._name,
                 on_message=self._on_ack,
             )

@@ -7,13 +7,14 @@ Source: https://docs.nats.io/reference/reference-protocols/nats-protocol
 
 import asyncio
 import secrets
+import ssl
 from collections.abc import Callable
 from typing import cast
 from urllib.parse import urlsplit
 
 import msgspec
 
-from fleetlift.core.errors import Unavailable
+from fleetlift.core.errors import BadInput, Unavailable
 
 # (subject, reply or b"", header block or b"", payload)
 OnMessage = Callable[[bytes, bytes, bytes, bytes], None]
@@ -30,7 +31,16 @@ class Wire(asyncio.Protocol):
     `closed` is done when the connection is lost, with the reason as its result; nothing is sent after that.
     """
 
-    def __init__(self, user: str, password: str, name: str, on_message: OnMessage) -> None:
+    def __init__(
+        self,
+        user: str,
+        password: str,
+        name: str,
+        on_message: OnMessage,
+        tls: tuple[ssl.SSLContext, str] | None = None,  # and the server's name
+    ) -> None:
+        self._tls = tls
+        self._upgrade: asyncio.Task[None] | None = None
         self._login = {"user": user, "pass": password, "name": name}
         self._on_message = on_message
         self._rest = b""
@@ -121,16 +131,10 @@ class Wire(asyncio.Protocol):
         elif word == b"INFO":
             first = not self.info.server_id
             self.info = msgspec.json.decode(line[5:], type=ServerInfo)
-            if first:
-                login = {
-                    **self._login,
-                    "verbose": False,
-                    "pedantic": False,
-                    "headers": True,
-                    "lang": "python",
-                }
-                login |= {"version": "1", "protocol": 1, "no_responders": True}
-                self.send(b"CONNECT " + msgspec.json.encode(login) + b"\r\nPING\r\n")
+            if first and self._tls is not None:
+                self._upgrade = self._loop.create_task(self._start_tls(*self._tls))
+            elif first:
+                self._sign_in()
         elif word == b"-ERR":
             text = line[4:].decode(errors="replace").strip()
             # A permission error is about one subject; the connection stays.
@@ -138,6 +142,23 @@ class Wire(asyncio.Protocol):
                 self._fail(text)
                 if self._transport is not None:
                     self._transport.close()
+
+    async def _start_tls(self, context: ssl.SSLContext, host: str) -> None:
+        """The server speaks first in the clear, then both change to TLS. Nothing secret was sent before."""
+        try:
+            plain = self._transport
+            assert plain is not None
+            secure = await self._loop.start_tls(plain, self, context, server_hostname=host)
+        except (OSError, AssertionError) as problem:
+            self._fail(f"TLS: {problem}")
+            return
+        self._transport = secure
+        self._sign_in()
+
+    def _sign_in(self) -> None:
+        login = {**self._login, "verbose": False, "pedantic": False, "headers": True, "lang": "python"}
+        login |= {"version": "1", "protocol": 1, "no_responders": True, "tls_required": self._tls is not None}
+        self.send(b"CONNECT " + msgspec.json.encode(login) + b"\r\nPING\r\n")
 
     def _fail(self, reason: str) -> None:
         if not self.closed.done():
@@ -149,17 +170,28 @@ class Wire(asyncio.Protocol):
 
 
 async def connect(
-    url: str, *, user: str, password: str, name: str, on_message: OnMessage, timeout_s: float = 5.0
+    url: str,
+    *,
+    user: str,
+    password: str,
+    name: str,
+    on_message: OnMessage,
+    ca: str = "",
+    timeout_s: float = 5.0,
 ) -> Wire:
-    """Connect and sign in. Raises Unavailable when the server cannot be reached or refuses."""
+    """Connect and sign in. Raises Unavailable when the server cannot be reached or refuses.
+
+    With a `tls://` URL the server's certificate must be good for its name, by the authority in the PEM file
+    `ca` (empty: by those that the system trusts).
+    """
     parts = urlsplit(url if "://" in url else f"nats://{url}")
+    host, port = parts.hostname or "127.0.0.1", parts.port or 4222
+    tls = (trusting(ca), host) if parts.scheme == "tls" else None
     loop = asyncio.get_running_loop()
     try:
         async with asyncio.timeout(timeout_s):
             _, wire = await loop.create_connection(
-                lambda: Wire(user, password, name, on_message),
-                parts.hostname or "127.0.0.1",
-                parts.port or 4222,
+                lambda: Wire(user, password, name, on_message, tls), host, port
             )
             try:
                 await wire.ready
@@ -168,7 +200,15 @@ async def connect(
                 raise
             return wire
     except (OSError, TimeoutError) as problem:
-        raise Unavailable(f"NATS at {parts.hostname}:{parts.port} does not answer ({problem})") from problem
+        raise Unavailable(f"NATS at {host}:{port} does not answer ({problem})") from problem
+
+
+def trusting(ca: str) -> ssl.SSLContext:
+    """A TLS context that believes the authority in the PEM file `ca`, or the system's. Raises BadInput."""
+    try:
+        return ssl.create_default_context(cafile=ca or None)
+    except OSError as problem:
+        raise BadInput(f"{ca} is no certificate authority ({problem}): give a PEM file") from problem
 
 
 def parse_headers(block: bytes) -> tuple[str, dict[str, str]]:

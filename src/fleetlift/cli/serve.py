@@ -446,6 +446,7 @@ def _worker_ready(settings: Settings, role: str) -> Callable[[], Awaitable[bool]
             settings.nats_url,
             user=settings.nats_svc_user,
             password=settings.nats_svc_password,
+            ca=settings.nats_ca,
             name=f"is {role} ready",
             on_message=on_message,
         )
@@ -466,7 +467,7 @@ async def _await_readyz(settings: Settings) -> None:
     problem = ""
     while time.monotonic() < deadline:
         status, problem = await asyncio.to_thread(
-            _status_of, url, settings.cert_file if settings.http_tls else ""
+            status_of, url, settings.cert_file if settings.http_tls else ""
         )
         if status == 200:
             return
@@ -474,7 +475,8 @@ async def _await_readyz(settings: Settings) -> None:
     raise Unavailable(f"{url} did not become ready within {READY_WITHIN_S:.0f} s: {problem}")
 
 
-def _status_of(url: str, own_certificate: str) -> tuple[int, str]:
+def status_of(url: str, own_certificate: str) -> tuple[int, str]:
+    """HTTP status of a GET at one of our own addresses (0: no answer), and what is wrong with it."""
     context = None
     if own_certificate:
         # It is ourselves we ask, on an address the certificate may not name.
