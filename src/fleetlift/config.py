@@ -5,6 +5,7 @@ reads it from there, so that no secret is ever on a command line or in an enviro
 """
 
 import os
+import re
 import socket
 from collections.abc import Mapping
 from pathlib import Path
@@ -120,6 +121,8 @@ def overrides_from(environ: Mapping[str, str] | None = None) -> Overrides:
         else:
             found[field.name] = text
     overrides = msgspec.convert(found, Overrides)
+    if not re.fullmatch(r"always|[1-9]\d{0,5}(ms|s)", overrides.sync):
+        raise BadInput(f"FLEETLIFT_SYNC={overrides.sync!r}: give always, or a time such as 100ms or 1s")
     needed = ("nats_auth_password", "nats_svc_password", "nats_sys_password", "nats_issuer_seed")
     missing = [f"FLEETLIFT_{name.upper()}" for name in needed if not getattr(overrides, name)]
     if overrides.nats_url and missing:

@@ -45,6 +45,15 @@ def test_the_environment_overrides() -> None:
     assert (found.database_url, found.log_max_age_s) == ("postgresql://h/d", 60)
     with pytest.raises(BadInput, match="FLEETLIFT_LOG_MAX_BYTES"):
         overrides_from({"FLEETLIFT_LOG_MAX_BYTES": "lots"})
+    with pytest.raises(BadInput, match="always"):
+        overrides_from({"FLEETLIFT_SYNC": "sometimes"})
+
+
+def test_every_variable_is_on_the_settings_page() -> None:
+    """Whoever adds a setting tells people of it."""
+    page = (Path(__file__).parents[2] / "docs" / "engines.md").read_text()
+    missing = [name for name in Overrides.__struct_fields__ if f"FLEETLIFT_{name.upper()}" not in page]
+    assert not missing
 
 
 def test_an_external_nats_needs_its_passwords() -> None:
