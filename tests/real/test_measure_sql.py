@@ -1,0 +1,409 @@
+"""Gates' measurements on rows as the backend writes them."""
+
+import time
+from typing import Any
+
+import asyncpg
+import pytest
+
+from fleetlift.core.command import uuid7
+from fleetlift.core.delays import bucket
+from fleetlift.core.gates import Source, parse_gate, parse_query_gate
+from fleetlift.core.migration import Member, MemberState, MigrationState, Sample, WavePhase
+from fleetlift.core.orders import CommandsFlag, Flags, LinkFlag, TelemetryFlag
+from fleetlift.core.plan import Move, Rung
+from fleetlift.core.units import parse_share
+from fleetlift.migrate.measure import Measurer
+from fleetlift.store import engine as store
+
+NOW = float(int(time.time()))
+OPENED = NOW - 60.0
+TELEMETRY = Flags(telemetry=TelemetryFlag.BOTH)
+DRY = Flags(telemetry=TelemetryFlag.NEW, commands=CommandsFlag.DRY_RUN)
+BOTH = Flags(telemetry=TelemetryFlag.NEW, commands=CommandsFlag.BOTH, link=LinkFlag.BOTH)
+
+
+def rungs(flags: Flags) -> tuple[Rung, ...]:
+    return (
+        Rung(index=0, step=-1),
+        Rung(
+            index=1,
+            step=0,
+            move=Move.TELEMETRY,
+            flags=flags,
+            waves=(parse_share("100%"),),
+            grace_s=5.0,
+            commands_timeout_s=10.0,
+        ),
+    )
+
+
+def wave(*devices: str, waiting: str = "") -> MigrationState:
+    epoch = 5
+    members = {
+        d: Member(
+            device=d,
+            rank=n,
+            rung=1,
+            epoch=epoch,
+            state=MemberState.MOVED,
+            told_at=OPENED,
+            moved_at=OPENED + 1,
+            wave=0,
+        )
+        for n, d in enumerate(devices)
+    }
+    if waiting:
+        members[waiting] = Member(device=waiting, rank=90)
+    return MigrationState(
+        name="move",
+        rung=1,
+        wave=0,
+        wave_phase=WavePhase.BAKING,
+        wave_opened_at=OPENED,
+        measured_from=OPENED,
+        epoch=epoch,
+        members=members,
+    )
+
+
+@pytest.fixture
+async def measurer(pool: "asyncpg.Pool[Any]") -> Measurer:
+    async with pool.acquire() as conn:
+        await store.create(
+            conn,
+            tenant="carshare",
+            plan="",
+            state=MigrationState(name="move"),
+            audit=[],
+            created_by="ann",
+            now=OPENED,
+        )
+    return Measurer("move", backend=pool, engine=pool, old_path="legacy")
+
+
+async def measure(
+    measurer: Measurer, metric: str, state: MigrationState, flags: Flags, now: float = NOW
+) -> Sample:
+    limit = {"%": "99%", "s": "1s", "": "0"}
+    gate = parse_gate(
+        f"{metric} >= 99%"
+        if metric.endswith(("completeness", "agreement", "success"))
+        else f"{metric} <= {limit['s' if '.p' in metric else '']}"
+    )
+    return (await measurer.samples([gate], state, rungs(flags), now))[gate.text]
+
+
+async def ledger(
+    pool: "asyncpg.Pool[Any]",
+    device: str,
+    path: str,
+    ranges: str,
+    *,
+    age_s: float = 6.0,
+    channel: str = "pos",
+) -> None:
+    await pool.execute(
+        "INSERT INTO ledger (device, channel, path, ranges, received, first_at, last_at) "
+        "VALUES ($1, $2, $3, $4::text::int8multirange, 1, to_timestamp($5), to_timestamp($6)) "
+        "ON CONFLICT (device, channel, path) DO UPDATE "
+        "SET ranges = excluded.ranges, last_at = excluded.last_at",
+        device,
+        channel,
+        path,
+        ranges,
+        OPENED,
+        NOW - age_s,
+    )
+
+
+# -- completeness ------------------------------------------------------------------------------------------
+
+
+async def test_completeness_counts_what_the_old_path_knows_and_the_new_one_lacks(
+    pool: "asyncpg.Pool[Any]", measurer: Measurer
+) -> None:
+    """From the first seq on the new path, every number known by either path is expected there."""
+    await measurer.note_baselines({"car-1": 5, "car-2": 5})
+    await ledger(pool, "car-1", "legacy", "{[0,200)}")
+    await ledger(pool, "car-1", "mqtt", "{[100,150),[160,190)}")
+    await ledger(pool, "car-2", "legacy", "{[0,50)}")
+    await ledger(pool, "car-2", "mqtt", "{[20,50)}")
+    sample = await measure(measurer, "telemetry.completeness", wave("car-1", "car-2"), TELEMETRY)
+    assert (sample.n, sample.evidence["missing"], sample.evidence["devices"]) == (130, 20, 1)
+    assert sample.value == pytest.approx(100 * 110 / 130)
+    assert sample.evidence["summary"] == "20 of 130 missing, 1 device"
+    [example] = sample.evidence["examples"]
+    assert (example["device"], example["gaps"]) == ("car-1", "{[150,160),[190,200)}")
+
+
+async def test_a_message_still_under_way_is_not_missing(
+    pool: "asyncpg.Pool[Any]", measurer: Measurer
+) -> None:
+    """What the old path got a moment ago may still come by the new one; a grace later it is missing."""
+    await measurer.note_baselines({"car-1": 5})
+    await ledger(pool, "car-1", "legacy", "{[0,200)}", age_s=0.0)
+    await ledger(pool, "car-1", "mqtt", "{[100,190)}", age_s=0.0)
+    first = await measure(measurer, "telemetry.completeness", wave("car-1"), TELEMETRY)
+    assert first.value is None
+    later = await measure(measurer, "telemetry.completeness", wave("car-1"), TELEMETRY, NOW + 5.5)
+    assert (later.n, later.evidence["missing"]) == (100, 10)
+
+
+async def test_a_channel_that_never_comes_by_the_new_side_is_missing(
+    pool: "asyncpg.Pool[Any]", measurer: Measurer
+) -> None:
+    """A device that keeps a whole channel from the new side is not overlooked."""
+    await measurer.note_baselines({"car-1": 5})
+    await ledger(pool, "car-1", "mqtt", "{[100,200)}")
+    await ledger(pool, "car-1", "legacy", "{[0,200)}")
+    await ledger(pool, "car-1", "legacy", "{[0,50)}", channel="battery")
+    first = await measure(measurer, "telemetry.completeness", wave("car-1"), TELEMETRY)
+    assert first.value == 100.0
+    await ledger(pool, "car-1", "legacy", "{[0,80)}", channel="battery")
+    sample = await measure(measurer, "telemetry.completeness", wave("car-1"), TELEMETRY)
+    assert sample.evidence["missing"] == 30
+    assert sample.evidence["examples"][0]["channel"] == "battery"
+
+
+async def test_what_a_device_left_out_while_it_was_away_is_not_missing(
+    pool: "asyncpg.Pool[Any]", measurer: Measurer
+) -> None:
+    """A device that went back and moves again counts from its new order on, also after a restart."""
+    await ledger(pool, "car-1", "mqtt", "{[0,100)}")
+    await measurer.note_baselines({"car-1": 5})
+    await ledger(pool, "car-1", "legacy", "{[0,400)}")
+    await ledger(pool, "car-1", "mqtt", "{[0,100),[300,390)}")
+    for fresh in (measurer, Measurer("move", backend=pool, engine=pool, old_path="legacy")):
+        sample = await measure(fresh, "telemetry.completeness", wave("car-1"), TELEMETRY)
+        assert (sample.n, sample.evidence["missing"]) == (100, 10)
+
+
+# -- delay, silence ----------------------------------------------------------------------------------------
+
+
+async def delays(pool: "asyncpg.Pool[Any]", device: str, path: str, delay_s: float, count: int) -> None:
+    counts = [0] * (bucket(delay_s) + 1)
+    counts[-1] = count
+    start = NOW - NOW % 10 - 10
+    await pool.execute(
+        "INSERT INTO receipt_window (device, path, window_start, messages, delay_counts) "
+        "VALUES ($1, $2, to_timestamp($3), $4, $5)",
+        device,
+        path,
+        start,
+        count,
+        counts,
+    )
+
+
+async def test_delay_is_compared_with_the_same_devices_on_the_old_path(
+    pool: "asyncpg.Pool[Any]", measurer: Measurer
+) -> None:
+    await delays(pool, "car-1", "mqtt", 0.2, 100)
+    await delays(pool, "car-1", "legacy", 0.4, 100)
+    await delays(pool, "car-7", "legacy", 9.0, 100)
+    sample = await measure(measurer, "telemetry.delay.p99", wave("car-1"), TELEMETRY)
+    assert sample.value == pytest.approx(0.2, rel=0.11)
+    assert sample.old == pytest.approx(0.4, rel=0.11)
+    assert (sample.n, sample.old_n) == (100, 100)
+
+
+async def test_where_the_old_path_is_gone_devices_still_there_are_the_comparison(
+    pool: "asyncpg.Pool[Any]", measurer: Measurer
+) -> None:
+    await delays(pool, "car-1", "mqtt", 0.2, 100)
+    await delays(pool, "car-7", "legacy", 0.3, 100)
+    state = wave("car-1", waiting="car-7")
+    sample = await measure(measurer, "telemetry.delay.p50", state, Flags(telemetry=TelemetryFlag.NEW))
+    assert sample.old == pytest.approx(0.3, rel=0.11)
+    assert sample.evidence["basis"] == "devices still on the old side"
+
+
+async def test_a_wave_that_sent_nothing_has_no_delay(measurer: Measurer) -> None:
+    sample = await measure(measurer, "telemetry.delay.p99", wave("car-1"), TELEMETRY)
+    assert (sample.value, sample.n) == (None, 0)
+
+
+# -- commands ----------------------------------------------------------------------------------------------
+
+
+async def command(
+    pool: "asyncpg.Pool[Any]",
+    n: int,
+    *,
+    old: str | None = None,
+    new: str | None = None,
+    new_mode: str = "execute",
+    age_s: float = 20.0,
+    took: tuple[float, float] = (0.1, 0.1),
+    device: str = "car-1",
+    name: str = "lock",
+) -> None:
+    """A command of `age_s` ago; `old` and `new` are the paths' statuses, None: it does not go there."""
+    made = NOW - age_s
+    ident = uuid7(made, n)
+    await pool.execute(
+        "INSERT INTO command "
+        "(id, device, tenant, name, params, mode, status, created_by, created_at, expires_at) "
+        "VALUES ($1, $2, 'carshare', $4, '{}', 'execute', 'sent', 'ann', to_timestamp($3), "
+        "to_timestamp($3::float8 + 60))",
+        ident,
+        device,
+        made,
+        name,
+    )
+    for path, status, mode, s in (("old", old, "execute", took[0]), ("new", new, new_mode, took[1])):
+        if status is not None:
+            open_ = status in ("queued", "sent", "acknowledged")
+            await pool.execute(
+                "INSERT INTO command_path "
+                "(command, path, device, mode, status, created_at, sent_at, ended_at) "
+                "VALUES ($1, $2, $3, $4, $5, to_timestamp($6), to_timestamp($6), to_timestamp($7))",
+                ident,
+                path,
+                device,
+                mode,
+                status,
+                made,
+                None if open_ else made + s,
+            )
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "agree"),
+    [
+        ("succeeded", "would-execute", True),
+        ("failed", "would-refuse", True),
+        ("succeeded", "would-refuse", False),
+        ("failed", "would-execute", False),
+        ("succeeded", "expired", False),
+        ("succeeded", "sent", False),  # unanswered for longer than the rung's timeout
+        ("expired", "expired", None),  # the device was away: says nothing of either side
+    ],
+)
+async def test_agreement_in_dry_run(
+    pool: "asyncpg.Pool[Any]", measurer: Measurer, old: str, new: str, agree: bool | None
+) -> None:
+    """The new side agrees when it would do what the old side did."""
+    await command(pool, 1, old=old, new=new, new_mode="dry-run")
+    sample = await measure(measurer, "commands.agreement", wave("car-1"), DRY)
+    assert sample.value == (None if agree is None else 100.0 * agree)
+    assert sample.n == (agree is not None)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "agree", "twice"),
+    [
+        ("succeeded", "duplicate", True, 0),
+        ("duplicate", "succeeded", True, 0),
+        ("failed", "duplicate", True, 0),
+        ("succeeded", "succeeded", False, 1),
+        ("duplicate", "duplicate", False, 0),
+        ("succeeded", "expired", False, 0),
+    ],
+)
+async def test_agreement_in_both(
+    pool: "asyncpg.Pool[Any]", measurer: Measurer, old: str, new: str, agree: bool, twice: int
+) -> None:
+    """One path executes and the other is refused as its double; twice executed is counted."""
+    await command(pool, 1, old=old, new=new)
+    sample = await measure(measurer, "commands.agreement", wave("car-1"), BOTH)
+    assert (sample.value, sample.n) == (100.0 * agree, 1)
+    measurer._cached = None
+    double = await measure(measurer, "commands.executed_twice", wave("car-1"), BOTH)
+    assert (double.value, double.n) == (float(twice), 1)
+
+
+async def test_a_command_in_flight_is_not_judged_yet(pool: "asyncpg.Pool[Any]", measurer: Measurer) -> None:
+    await command(pool, 1, old="succeeded", new="sent", new_mode="dry-run", age_s=3.0)
+    sample = await measure(measurer, "commands.agreement", wave("car-1"), DRY)
+    assert (sample.value, sample.evidence["pending"]) == (None, 1)
+
+
+async def test_other_devices_probes_and_earlier_commands_do_not_count(
+    pool: "asyncpg.Pool[Any]", measurer: Measurer
+) -> None:
+    await command(pool, 1, old="succeeded", new="expired", device="car-9")
+    await command(pool, 2, new="expired", name="fleetlift.probe")
+    await command(pool, 3, old="succeeded", new="expired", age_s=70.0)
+    sample = await measure(measurer, "commands.agreement", wave("car-1"), BOTH)
+    assert (sample.value, sample.n) == (None, 0)
+
+
+async def test_latency_counts_commands_without_an_answer_as_slow(
+    pool: "asyncpg.Pool[Any]", measurer: Measurer
+) -> None:
+    """A side that loses commands does not look fast."""
+    for n in range(8):
+        await command(pool, n, old="succeeded", new="duplicate", took=(0.2, 0.1))
+    for n in range(8, 10):
+        await command(pool, n, old="succeeded", new="sent", took=(0.2, 0.0))
+    sample = await measure(measurer, "commands.latency.p95", wave("car-1"), BOTH)
+    assert sample.value is not None
+    assert sample.value > 5.0
+    assert sample.old == pytest.approx(0.2, abs=0.01)
+    assert (sample.n, sample.old_n) == (10, 10)
+
+
+async def test_on_the_last_rung_latency_is_compared_with_earlier_and_other_devices(
+    pool: "asyncpg.Pool[Any]", measurer: Measurer
+) -> None:
+    for n in range(6):
+        await command(pool, n, new="succeeded", took=(0.0, 0.3))
+        await command(pool, n + 10, old="succeeded", took=(0.5, 0.0), device="car-7")
+    state = wave("car-1", waiting="car-7")
+    sample = await measure(measurer, "commands.latency.p50", state, Flags(commands=CommandsFlag.NEW))
+    assert sample.value == pytest.approx(0.3, abs=0.01)
+    assert sample.old == pytest.approx(0.5, abs=0.01)
+    agreement = await measure(measurer, "commands.agreement", state, Flags(commands=CommandsFlag.NEW))
+    assert (agreement.value, agreement.n) == (100.0, 6)
+
+
+# -- the others --------------------------------------------------------------------------------------------
+
+
+async def test_a_device_that_comes_and_goes_is_flapping(
+    pool: "asyncpg.Pool[Any]", measurer: Measurer
+) -> None:
+    for device, times in (("car-1", 4), ("car-2", 2), ("car-9", 9)):
+        for n in range(times):
+            await pool.execute(
+                "INSERT INTO presence_event (device, connected, at) VALUES ($1, true, to_timestamp($2))",
+                device,
+                NOW - n - 1,
+            )
+    sample = await measure(measurer, "connections.flapping", wave("car-1", "car-2"), TELEMETRY)
+    assert (sample.value, sample.n) == (1.0, 2)
+    assert sample.evidence["examples"] == [{"device": "car-1", "connects": 4}]
+
+
+@pytest.mark.parametrize(
+    ("query", "value"),
+    [
+        ("SELECT count(*) FROM device", 0.0),
+        ("SELECT 2.5;", 2.5),
+        ("SELECT 1, 2", None),
+        ("SELECT NULL", None),
+        ("SELECT n FROM generate_series(1, 3) n", None),
+        ("no SQL at all", None),
+        ("INSERT INTO tenant (id) VALUES ('x') RETURNING 1", None),
+        ("WITH x AS (DELETE FROM tenant RETURNING 1) SELECT count(*) FROM x", None),
+        ("SELECT count(*) FROM (SELECT pg_sleep(30)) s", None),
+    ],
+)
+async def test_a_free_query_gives_one_number_and_changes_nothing(
+    pool: "asyncpg.Pool[Any]", measurer: Measurer, query: str, value: float | None
+) -> None:
+    """Read-only and short; whatever else it returns is no data."""
+    gate = parse_query_gate(Source.SQL, query, "<= 5")
+    started = time.monotonic()
+    sample = (await measurer.samples([gate], wave("car-1"), rungs(TELEMETRY), NOW))[gate.text]
+    assert sample.value == value
+    assert time.monotonic() - started < 6
+
+
+async def test_a_prometheus_server_that_is_away_is_no_data(measurer: Measurer) -> None:
+    gate = parse_query_gate(Source.PROMETHEUS, "up", ">= 1", url="http://127.0.0.1:9")
+    sample = (await measurer.samples([gate], wave("car-1"), rungs(TELEMETRY), NOW))[gate.text]
+    assert sample.value is None
