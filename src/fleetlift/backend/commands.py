@@ -115,7 +115,7 @@ async def create_commands(ctx: Services, new: Sequence[NewCommand], principal: s
             raise BadInput(f"command mode {one.mode!r}: use execute or dry-run")
         if one.id is not None and not _is_uuid(one.id):
             raise BadInput(f"command id {one.id!r}: use a UUID in its usual form, in lower case")
-    now = time.time()
+    now = round(time.time(), 6)  # as exact as the database keeps it: what is returned is what is stored
     async with ctx.pool.acquire() as conn, conn.transaction():
         routes = await store.routes(conn, [one.device for one in new])
         commands = []
@@ -174,7 +174,7 @@ def _command(new: NewCommand, route: store.Route, principal: str, now: float) ->
         status=Status.QUEUED,
         created_by=principal,
         created_at=now,
-        expires_at=now + new.expires_in_s,
+        expires_at=round(now + new.expires_in_s, 6),
         paths=tuple(
             PathState(path=path, mode=by, created_at=now)
             for path, by in paths_for(route.commands, mode, new.name)
@@ -207,7 +207,9 @@ async def _rounds(ctx: Context, owner: "asyncpg.Connection[Any]", wake: asyncio.
     swept_at = 0.0
     while not owner.is_closed():
         with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(wake.wait(), SWEEP_S)
+            # Not wait_for: before Python 3.12 it loses a cancellation that comes with what it awaits.
+            async with asyncio.timeout(SWEEP_S):
+                await wake.wait()
         wake.clear()
         try:
             await send_queued(ctx)

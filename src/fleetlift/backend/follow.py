@@ -57,8 +57,7 @@ async def until_stopped(ctx: Context, *work: Awaitable[None]) -> None:
             await asyncio.wait([stop, *tasks], return_when=asyncio.FIRST_COMPLETED)
         finally:
             stop.cancel()
-            for task in tasks:
-                task.cancel()
+            await _end(tasks)
 
 
 async def follow(
@@ -70,6 +69,15 @@ async def follow(
             log.info("reader_started", reader=reader)
             await _Follower(ctx, reader, filters, apply, now, owner).run()
         log.info("reader_starts_again", reader=reader)
+
+
+async def _end(tasks: Sequence["asyncio.Task[None]"]) -> None:
+    """Cancel tasks and see them end. Asked again, since a library's `wait_for` may lose a cancellation."""
+    pending = set(tasks)
+    while pending:
+        for task in pending:
+            task.cancel()
+        _, pending = await asyncio.wait(pending, timeout=_FINISH_S + 1.0)
 
 
 async def _plainly(work: Awaitable[None]) -> None:
@@ -114,9 +122,7 @@ class _Follower:
                 with contextlib.suppress(_LostPlace):
                     task.result()
         finally:
-            for task in group:
-                task.cancel()
-            await asyncio.gather(*group, return_exceptions=True)
+            await _end(group)
 
     def _take_live(self, subject: str, payload: bytes) -> None:
         if len(self.live) >= LIVE_MAX:

@@ -252,7 +252,8 @@ class _Source:
         payload = msgspec.json.encode(body)
         wire.send(b"PUB $JS.API.%s %s %d\r\n%s\r\n" % (call.encode(), reply, len(payload), payload))
         try:
-            text = await asyncio.wait_for(answer, 5.0)
+            async with asyncio.timeout(5.0):
+                text = await answer
         except TimeoutError:
             raise Unavailable(f"JetStream does not answer {call}") from None
         finally:
@@ -352,7 +353,9 @@ class _Source:
                 raise _Interrupted(self._broken)
             self._arrived.clear()
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._arrived.wait(), _SILENCE_MAX_S / 3)
+                # Not wait_for: before Python 3.12 it loses a cancellation that comes with what it awaits.
+                async with asyncio.timeout(_SILENCE_MAX_S / 3):
+                    await self._arrived.wait()
             if not self._messages and time.monotonic() - self._heard_at > _SILENCE_MAX_S:
                 self._break("nothing was heard of the server")
         if linger_s and len(self._messages) < self._batch_max and not self._broken:

@@ -96,7 +96,8 @@ class Publisher:
                 raise Unavailable(f"NATS went away: {wire.closed.result()}")
             wire.send(message)
             try:
-                return await asyncio.wait_for(stored, ACK_WITHIN_S)
+                async with asyncio.timeout(ACK_WITHIN_S):
+                    return await stored
             except TimeoutError:
                 raise Unavailable(f"NATS did not confirm within {ACK_WITHIN_S:.0f} s: try again") from None
             finally:
