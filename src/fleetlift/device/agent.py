@@ -272,6 +272,10 @@ class Agent:
     def link(self, path: Path) -> LinkState:
         return self._links[path].state
 
+    def set_health_every(self, seconds: float) -> None:
+        """From the next sign of life on."""
+        self.settings = msgspec.structs.replace(self.settings, health_every_s=seconds)
+
     def report(self) -> DeviceReport:
         r = self.record
         return DeviceReport(epoch=r.epoch, phase=r.phase, flags=r.flags, reason=r.reason)
