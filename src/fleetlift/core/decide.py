@@ -420,9 +420,19 @@ class _Round:
             out = self._put(
                 member, state=MemberState.EXCLUDED, reason=reason or self._barred(member.device) or ""
             )
-            if member.epoch > 0 and not _back_at_start(member):
+            if self._touched(member):
                 back.append(out)
         self._order(back, state=MemberState.EXCLUDED, rung=0)
+
+    def _touched(self, member: Member) -> bool:
+        """Whether the device may be elsewhere than on the old side.
+
+        A store that was brought back from a backup knows less than the devices do, so they are asked too.
+        """
+        report = newest(self.seen.devices.get(member.device, _NOTHING))
+        if report is not None and report.epoch > member.epoch and report.flags != self.rungs[0].flags:
+            return True
+        return member.epoch > 0 and not _back_at_start(member)
 
     def _return_wave(self, reason: str) -> list[Member]:
         """The open wave's devices go back to where the wave found them; the migration is held."""
@@ -447,11 +457,7 @@ class _Round:
 
     def _revert_all(self, reason: str, kind: str, actor: str) -> None:
         told = self._order(
-            (
-                m
-                for m in self.members.values()
-                if m.epoch > 0 and m.state is not MemberState.EXCLUDED and not _back_at_start(m)
-            ),
+            (m for m in self.members.values() if m.state is not MemberState.EXCLUDED and self._touched(m)),
             state=MemberState.RETURNING,
             rung=0,
             reason="",
