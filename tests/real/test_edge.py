@@ -451,3 +451,13 @@ async def test_a_storm_of_reconnects_is_not_a_storm_of_hashing(
         await checker.check("a", "one")
     await checker.check("a", "two")
     checker.close()
+
+
+async def test_the_services_end_when_told_to_stop(ctx: Context) -> None:
+    """A clean stop takes a moment and raises nothing."""
+    ready = asyncio.Event()
+    services = [auth.run(ctx, ready=ready), presence.run(ctx), telemetry.run(ctx)]
+    tasks = [asyncio.create_task(service) for service in services]
+    await asyncio.wait_for(ready.wait(), 10)
+    ctx.stop.set()
+    await asyncio.wait_for(asyncio.gather(*tasks), 10)

@@ -161,7 +161,7 @@ class _Keeper:
 
     async def _on_connect(self, message: Msg) -> None:
         event = self._decoded(message)
-        if event is None or event.client.client_type not in ("mqtt", "") or not event.client.user:
+        if event is None or not event.client.client_type.startswith("mqtt") or not event.client.user:
             return
         at = _seconds(event.client.start or event.timestamp)
         self._known.opened(
@@ -311,7 +311,7 @@ async def _list(ctx: Context, device: str | None = None) -> AsyncIterator[tuple[
                 if device is None and offset == 0:
                     yield answer.server.id, _NO_ROW
                 for row in answer.data.connections or ():
-                    if row.type in ("mqtt", "mqtt_websocket", "mqtt_ws") and row.authorized_user:
+                    if row.type.startswith("mqtt") and row.authorized_user:
                         yield answer.server.id, row
                 more = more or offset + len(answer.data.connections or ()) < answer.data.total
         except NatsError as problem:
