@@ -617,6 +617,8 @@ async def test_requests_reach_the_controller_with_the_callers_name(house: House)
     await operator.post(f"{V1}/migrations/connect/revert")
     await operator.post(f"{V1}/migrations/connect/revert", json={"wave": True})
     await operator.post(f"{V1}/migrations/connect/revert", json={"device": "car-1"})
+    await operator.post(f"{V1}/migrations/connect/resume", json={"device": "car-1"})
+    await operator.post(f"{V1}/migrations/connect/release", json={"force": True})
     narrowed = PLAN.replace("{tenant: carshare}", '{tenant: carshare, where: "attributes.hardware < 4"}')
     assert (
         await house["operator"].post(f"{V1}/migrations/connect/amend", json={"plan": narrowed})
@@ -631,9 +633,11 @@ async def test_requests_reach_the_controller_with_the_callers_name(house: House)
         (RequestKind.REVERT, {}),
         (RequestKind.REVERT, {"wave": True}),
         (RequestKind.REVERT, {"device": "car-1"}),
+        (RequestKind.RESUME, {"device": "car-1"}),
+        (RequestKind.RELEASE, {"force": True}),
         (RequestKind.AMEND, {"plan": narrowed}),
     ]
-    assert {r.actor for r in asked[:7]} == {"operator@carshare"}
+    assert {r.actor for r in asked[:9]} == {"operator@carshare"}
     is_problem(await operator.post(f"{V1}/migrations/connect/revert", json={"device": "nobody"}), 404)
     is_problem(
         await operator.post(f"{V1}/migrations/connect/revert", json={"device": "car-1", "wave": True}), 400

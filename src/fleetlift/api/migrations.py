@@ -61,6 +61,18 @@ class RevertIn(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     device: str | None = None
 
 
+class ResumeIn(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What goes on: everything (the default), or one device that was sent back takes part again."""
+
+    device: str | None = None
+
+
+class ReleaseIn(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """`force`: also while there are devices that have not moved; they are given up."""
+
+    force: bool = False
+
+
 class MigrationOut(msgspec.Struct, frozen=True, kw_only=True):
     """A migration in a list. `GET /migrations/{name}` says more."""
 
@@ -204,6 +216,16 @@ async def show_migration(request: Call, name: FromPath[str]) -> dict[str, Any]:
     return to_document(await status.read_status(found.engine, name, now=time.time()))
 
 
+async def check_member(request: Call, name: str, device: str) -> None:
+    """NotFound unless `device` takes part in the migration, and the caller may see that."""
+    async with services(request).engine.acquire() as conn:
+        await visible(conn, request, name)
+        if not await conn.fetchval(
+            "SELECT true FROM engine.member WHERE migration = $1 AND device = $2", name, device
+        ):
+            raise NotFound(f"device {device!r} is not part of migration {name!r}: check its id")
+
+
 async def ask(
     request: Call, name: str, kind: RequestKind, args: dict[str, Any], wait: float
 ) -> Response[Asked]:
@@ -229,8 +251,14 @@ async def pause(request: Call, name: FromPath[str], wait: Wait = 0.0) -> Respons
 
 
 @post("/{name:str}/resume", opt=OPERATOR, status_code=202, summary="Go on after a pause or a breach")
-async def resume(request: Call, name: FromPath[str], wait: Wait = 0.0) -> Response[Asked]:
-    return await ask(request, name, RequestKind.RESUME, {}, wait)
+async def resume(
+    request: Call, name: FromPath[str], data: JSONBody[ResumeIn | None] = None, wait: Wait = 0.0
+) -> Response[Asked]:
+    args: dict[str, Any] = {}
+    if data and data.device:
+        args = {"device": data.device}
+        await check_member(request, name, data.device)
+    return await ask(request, name, RequestKind.RESUME, args, wait)
 
 
 @post("/{name:str}/approve", opt=OPERATOR, status_code=202, summary="Approve the wave that waits for it")
@@ -239,8 +267,11 @@ async def approve(request: Call, name: FromPath[str], wait: Wait = 0.0) -> Respo
 
 
 @post("/{name:str}/release", opt=OPERATOR, status_code=202, summary="Give up the way back for good")
-async def release(request: Call, name: FromPath[str], wait: Wait = 0.0) -> Response[Asked]:
-    return await ask(request, name, RequestKind.RELEASE, {}, wait)
+async def release(
+    request: Call, name: FromPath[str], data: JSONBody[ReleaseIn | None] = None, wait: Wait = 0.0
+) -> Response[Asked]:
+    """Refused while devices have not moved, unless forced; the audit log says so."""
+    return await ask(request, name, RequestKind.RELEASE, {"force": True} if data and data.force else {}, wait)
 
 
 @post(
@@ -261,12 +292,7 @@ async def revert(
         args = {"wave": True}
     if body.device:
         args = {"device": body.device}
-        async with services(request).engine.acquire() as conn:
-            await visible(conn, request, name)
-            if not await conn.fetchval(
-                "SELECT true FROM engine.member WHERE migration = $1 AND device = $2", name, body.device
-            ):
-                raise NotFound(f"device {body.device!r} is not part of migration {name!r}: check its id")
+        await check_member(request, name, body.device)
     return await ask(request, name, RequestKind.REVERT, args, wait)
 
 

@@ -175,9 +175,16 @@ def pause(name: Name = None, data: Data = None) -> None:
 
 
 @app.command()
-def resume(name: Name = None, data: Data = None) -> None:
-    """Go on after a pause, or try a breached wave again."""
-    ask(data, name, "resume")
+def resume(
+    name: Name = None,
+    device: Annotated[
+        str | None,
+        typer.Option("--device", help="Only: this device takes part again.", show_default=False),
+    ] = None,
+    data: Data = None,
+) -> None:
+    """Go on after a pause, try a breached wave again, or let a device that was sent back take part again."""
+    ask(data, name, "resume", {"device": device} if device else None)
 
 
 @app.command()
@@ -233,6 +240,7 @@ def revert(
 def release(
     name: Name = None,
     yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Also give up devices that have not moved.")] = False,
     data: Data = None,
 ) -> None:
     """Give up the way back for good: nothing of the migration is kept on the sides."""
@@ -242,7 +250,7 @@ def release(
             if not sys.stdin.isatty():
                 raise typer.BadParameter("this cannot be undone: say --yes")
             typer.confirm(f"Release {chosen}? There is no way back after that.", abort=True, err=True)
-        send(api, chosen, "release", None)
+        send(api, chosen, "release", {"force": True} if force else None)
 
 
 @app.command()
