@@ -118,7 +118,10 @@ class Api:
     ) -> Any:
         """The JSON answer (None when there is none); `path` is below `/api/v1`."""
         response = self._send(method, "/api/v1" + path, params, body)
-        return response.json() if response.content else None
+        try:
+            return response.json() if response.content else None
+        except ValueError:
+            raise self._stranger(response) from None
 
     def get(self, path: str, **params: Any) -> Any:
         return self.request("GET", path, params=params)
@@ -184,6 +187,9 @@ class Api:
             "Is it running? 'fleetlift serve' starts one."
         )
 
+    def _stranger(self, response: "httpx.Response") -> FleetError:
+        return Unavailable(f"{self.url} answered {response.status_code}, and not as a Fleetlift server does.")
+
     def _error(self, response: "httpx.Response") -> FleetError:
         cls = BY_STATUS.get(response.status_code, FleetError)
         try:
@@ -192,7 +198,7 @@ class Api:
             if incident := document.get("incident"):
                 text += f" (incident {incident})"
         except (ValueError, KeyError, TypeError):
-            text = f"{self.url} answered {response.status_code}, and not as a Fleetlift server does."
+            return self._stranger(response)
         if response.status_code == 401:
             text = f"{self.url} does not know this token: it may be revoked, or of another server."
         return cls(text)

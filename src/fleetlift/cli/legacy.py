@@ -150,8 +150,8 @@ def feed(
 
 @app.command()
 def send(
-    device: str,
-    name: str,
+    device: Annotated[str, typer.Argument(help="The device.")],
+    name: Annotated[str, typer.Argument(help="The command, as in lock.")],
     params: Annotated[str, typer.Option(help="A JSON object.")] = "{}",
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Ask whether it would be executed.")] = False,
     expires_in: Annotated[float, typer.Option(min=0.1, help="Seconds it may wait for the device.")] = 30.0,

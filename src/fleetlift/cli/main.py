@@ -68,7 +68,12 @@ def load(name: str) -> Any:
     loaded = []
     for target in area.targets:
         module, _, attribute = target.partition(":")
-        loaded.append(getattr(importlib.import_module(module), attribute))
+        try:
+            loaded.append(getattr(importlib.import_module(module), attribute))
+        except ModuleNotFoundError as missing:
+            if missing.name != module or len(area.targets) == 1:
+                raise
+            # an area of several parts stands without one that this build lacks
     if len(loaded) == 1 and not isinstance(loaded[0], typer.Typer):
         app = typer.Typer(add_completion=False)
         app.command(name, help=None)(loaded[0])

@@ -200,8 +200,8 @@ def fleet_findings(
                 severity=Severity.WARNING,
                 kind="devices_away",
                 text=f"{format_devices(away)} of {len(movable):,} to be moved "
-                f"{'is' if away == 1 else 'are'} not connected now: told when they are back, stragglers until "
-                "then.",
+                f"{'is' if away == 1 else 'are'} not connected now: told when they are back, "
+                "stragglers until then.",
             )
         )
     return found
