@@ -67,13 +67,13 @@ async def test_large_messages_come_whole_and_too_large_ones_are_refused(ctx: Con
 async def test_killed_anywhere_a_reader_stores_each_message_once(ctx: Context) -> None:
     """Position and effect share a transaction: dying anywhere loses nothing, doubles nothing."""
     await ctx.pool.execute("CREATE TABLE stored (seq bigint PRIMARY KEY, n int UNIQUE)")
-    total, chance = 4000, random.Random(7)
+    total, chance = 10_000, random.Random(7)
 
     async def reader() -> None:
         async with ctx.pool.acquire() as connection:
             before = await positions.load(connection, "t")
             source = read(
-                ctx.settings, after=before, filters=["dt.>"], name="t", batch_max=100, linger_s=0.001
+                ctx.settings, after=before, filters=["dt.>"], name="t", batch_max=50, linger_s=0.001
             )
             async for batch in source:
                 async with connection.transaction():
@@ -101,7 +101,7 @@ async def test_killed_anywhere_a_reader_stores_each_message_once(ctx: Context) -
             with contextlib.suppress(asyncio.CancelledError):
                 await victim
             kills += 1
-    assert kills > 3
+    assert kills >= 3
     row = await ctx.pool.fetchrow("SELECT count(*), count(DISTINCT n), max(seq) FROM stored")
     assert row is not None
     assert tuple(row) == (total, total, total)

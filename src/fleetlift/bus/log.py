@@ -82,8 +82,8 @@ async def read(
     When the stream was made anew, reading begins at its first message. With `until_end`, ends once nothing is
     left to read.
 
-    A reader of most of the log filters by `>` and leaves out the rest itself: with 2000 subjects the server picks
-    50,000 messages a second by `dt.>`, and hands out 220,000 without picking.
+    A reader of most of the log filters by `>` and leaves out the rest itself: with 2000 subjects the server
+    picks 50,000 messages a second by `dt.>`, and hands out 220,000 without picking.
     """
     start = LogPosition(*after) if isinstance(after, tuple) else after
     source = _Source(settings, filters, name, start, batch_max)
