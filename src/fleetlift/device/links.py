@@ -242,7 +242,7 @@ _ORDERS = msgspec.json.Decoder(Orders)
 
 
 class _State(msgspec.Struct, frozen=True):
-    desired: msgspec.Raw | None = None
+    desired: msgspec.Raw = msgspec.Raw(b"null")  # in a union with None, msgspec takes Raw for null alone
 
 
 class _Accepted(msgspec.Struct, frozen=True):
@@ -385,8 +385,8 @@ class MqttLink(Link):
         elif topic == self._shadow + "/update/delta":
             event(self, ShadowChanged(_DELTA.decode(packet.payload).state.epoch))
         elif topic == self._shadow + "/get/accepted":
-            desired = _ACCEPTED.decode(packet.payload).state.desired
-            orders = None if desired is None else read_orders(bytes(desired), self.host.device)
+            desired = bytes(_ACCEPTED.decode(packet.payload).state.desired)
+            orders = None if desired == b"null" else read_orders(desired, self.host.device)
             event(self, ShadowAnswered(orders))
         elif topic == self._shadow + "/get/rejected":
             event(self, ShadowAnswered(None, ok=_REJECTED.decode(packet.payload).code == 404))

@@ -4,8 +4,9 @@ One controller leads at a time, by an advisory lock on the engine's database; a 
 migration turns away whoever has lost the lock and does not know it yet. Actions are orders that may be
 repeated, so a controller killed at any step goes on from what was committed.
 
-Test hook: with FLEETLIFT_KILL_AT=STEP[:N] in its environment the process kills itself (SIGKILL) when it comes
-to that step for the Nth time (default 1). `STEPS` are their names, in the order of a round.
+Test hook: with FLEETLIFT_KILL_AT=STEP[:N][,STEP[:N]…] in its environment the process kills itself (SIGKILL)
+when it comes to that step for the Nth time (default 1), once for each entry: `DIR/killed-at` remembers which.
+`STEPS` are their names, in the order of a round; the last four count only where something was done.
 """
 
 import asyncio
@@ -65,18 +66,27 @@ _BUSY = (Phase.RUNNING, Phase.PAUSED, Phase.HELD, Phase.REVERTING, Phase.FINISHE
 
 
 class KillSwitch:
-    """The documented test hook FLEETLIFT_KILL_AT: dies at a named step."""
+    """The documented test hook FLEETLIFT_KILL_AT: dies at named steps, at each of them once."""
 
-    def __init__(self, text: str) -> None:
-        name, _, times = text.partition(":")
-        if name and name not in STEPS:
-            raise BadInput(f"FLEETLIFT_KILL_AT={text!r}: the steps are {', '.join(STEPS)}")
-        self._name, self._left = name, int(times or 1)
+    def __init__(self, text: str, remember: Path) -> None:
+        self._remember = remember
+        done = remember.read_text().split() if text and remember.is_file() else []
+        self._left: dict[str, int] = {}
+        for entry in filter(None, (part.strip() for part in text.split(","))):
+            name, _, times = entry.partition(":")
+            if name not in STEPS or not (times or "1").isdecimal():
+                raise BadInput(f"FLEETLIFT_KILL_AT={text!r}: give STEP[:N]; steps are {', '.join(STEPS)}")
+            if name not in done:
+                self._left[name] = int(times or 1)
 
     def step(self, name: str) -> None:
-        if name == self._name:
-            self._left -= 1
-            if self._left <= 0:
+        if name in self._left:
+            self._left[name] -= 1
+            if self._left[name] <= 0:
+                with self._remember.open("a") as file:
+                    file.write(f"{name}\n")
+                    file.flush()
+                    os.fsync(file.fileno())
                 os.kill(os.getpid(), signal.SIGKILL)
 
 
@@ -196,7 +206,7 @@ async def request(
 
 async def run(ctx: Context) -> None:
     """Lead when it is this process's turn, until `ctx.stop` is set. Loses the lead with the connection."""
-    switch = KillSwitch(os.environ.get("FLEETLIFT_KILL_AT", ""))
+    switch = KillSwitch(os.environ.get("FLEETLIFT_KILL_AT", ""), ctx.settings.path / "killed-at")
     async with engine_pool(ctx) as engine:
         work = asyncio.create_task(_lead_forever(ctx, engine, switch), name="controller")
         stop = asyncio.create_task(ctx.stop.wait(), name="stop")
@@ -451,18 +461,18 @@ class Runner:
                 self._use(plan)
             for entry in audit:
                 log.info(entry.kind, migration=self.name, text=entry.text, actor=entry.actor)
-        self._switch.step("committed")
+            self._switch.step("committed")
 
         orders = self._orders([*decision.actions, *self._untold(stored.state, observed, decision)])
         await self._write_journal(now, orders, audit, opened=self._fresh or taken)
-        self._switch.step("journaled")
         if orders:
+            self._switch.step("journaled")
             await self._tell(orders, observed.new_up)
+            self._switch.step("told")
         self._fresh = False
-        self._switch.step("told")
 
-        await self._sample(stored, decision, observed, now)
-        self._switch.step("sampled")
+        if await self._sample(stored, decision, observed, now):
+            self._switch.step("sampled")
 
     async def _load(self) -> StoredMigration:
         if self._stored is None:
@@ -627,9 +637,10 @@ class Runner:
 
     async def _sample(
         self, stored: StoredMigration, decision: Decision, observed: Observed, now: float
-    ) -> None:
+    ) -> bool:
+        """Note a point of the timeline when one is due; whether it was."""
         if now - self._sampled_at < max(SAMPLE_EVERY_S, 10 * self._sample_cost_s):
-            return
+            return False
         started = time.monotonic()
         state = stored.state
         old, both, new = devices_by_side(state, self._rungs)
@@ -672,6 +683,7 @@ class Runner:
             await store.add_sample(conn, self.name, now, point)
         self._sampled_at = now
         self._sample_cost_s = time.monotonic() - started
+        return True
 
 
 def devices_by_side(state: MigrationState, rungs: Sequence[Rung]) -> tuple[int, int, int]:
