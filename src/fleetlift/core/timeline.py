@@ -1,4 +1,4 @@
-"""What the controller notes down each round: the points that live view and report draw their lines through."""
+"""What the controller notes down each round: the points that view and report draw their lines through."""
 
 import msgspec
 
