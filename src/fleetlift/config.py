@@ -52,6 +52,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     log_max_age_s: int = 7 * 86400  # how long the log keeps messages
     log_max_bytes: int = 20 * 1024**3
     telemetry_keep_days: int = 30  # older telemetry is dropped, a whole day at a time
+    shadow_state_bytes: int = 65_536  # desired and reported of one shadow together; AWS allows 8192
     log_level: str = "info"
     pid: int = 0  # of the parent
     started_at: float = 0.0
@@ -98,6 +99,7 @@ class Overrides(msgspec.Struct, frozen=True, kw_only=True):
     log_max_age_s: int = 7 * 86400
     log_max_bytes: int = 20 * 1024**3
     telemetry_keep_days: int = 30
+    shadow_state_bytes: int = 65_536
     log_level: str = "info"
     sync: str = "100ms"  # embedded NATS: how often the log is forced to disk; "always" is 25 times slower
 

@@ -117,6 +117,16 @@ async def test_a_caller_s_update_reaches_the_device(service: None, ctx: Context,
         await shadows.get_shadow(ctx, "lamp", "no/slash")
 
 
+async def test_the_size_limit_is_a_setting(ctx: Context, settings: Settings) -> None:
+    """AWS's own 8 KB can be asked for, by whoever tests firmware against it."""
+    async with open_context(
+        msgspec.structs.replace(settings, shadow_state_bytes=8192), name="strict"
+    ) as strict:
+        with pytest.raises(BadInput, match="maximum size"):
+            await shadows.update_shadow(strict, "lamp", "", {"state": {"desired": {"a": "x" * 9000}}})
+    await shadows.update_shadow(ctx, "lamp", "", {"state": {"desired": {"a": "x" * 9000}}})
+
+
 async def test_a_desired_change_waits_for_a_device_that_is_away(ctx: Context, settings: Settings) -> None:
     """A persistent session is given the delta when it comes back, and a get shows it to any device."""
     async with serving(ctx, shadows.run), device(settings, "lamp", clean=False) as lamp:

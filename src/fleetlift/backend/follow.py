@@ -17,7 +17,7 @@ import msgspec
 from fleetlift.backend.context import Context
 from fleetlift.bus.live import listen
 from fleetlift.bus.log import LogBatch, LogPosition, read
-from fleetlift.core.errors import Conflict, FleetError
+from fleetlift.core.errors import Conflict
 from fleetlift.log import get_logger
 from fleetlift.store import positions
 from fleetlift.store.pool import sole_owner
@@ -106,6 +106,7 @@ class _Follower:
         self.room = asyncio.Event()
         self.position: tuple[Any, int] | None = None
         self.dropped = 0
+        self.telling: asyncio.Task[None] | None = None  # the answers of the last group, on their way
 
     async def run(self) -> None:
         self.position = await self._load()
@@ -123,6 +124,9 @@ class _Follower:
                     task.result()
         finally:
             await _end(group)
+            if self.telling is not None:
+                await asyncio.wait([self.telling], timeout=_FINISH_S)
+                await _end([self.telling])
 
     def _take_live(self, subject: str, payload: bytes) -> None:
         if len(self.live) >= LIVE_MAX:
@@ -173,10 +177,9 @@ class _Follower:
         try:
             await asyncio.shield(task)
         except asyncio.CancelledError:
+            await asyncio.wait([task], timeout=_FINISH_S)
             if not task.done():
-                await asyncio.wait([task], timeout=_FINISH_S)
-                task.cancel()
-                await asyncio.gather(task, return_exceptions=True)
+                await _end([task])
             raise
 
     async def _group(self, messages: Sequence[Message], position: LogPosition | None) -> None:
@@ -196,10 +199,17 @@ class _Follower:
                 log.warning("group_put_off", reader=self.reader, reason=str(problem) or repr(problem))
                 await asyncio.sleep(retry_s)
                 retry_s = min(_RETRY_S_MAX, retry_s * 2)
-        try:
-            await then()
-        except FleetError as problem:
-            log.warning("answers_lost", reader=self.reader, reason=str(problem))
+        # Answers leave while the next group is worked off, but never before those of the group before.
+        await self._told()
+        self.telling = asyncio.create_task(_plainly(then()))
+
+    async def _told(self) -> None:
+        if (telling := self.telling) is None:
+            return
+        await asyncio.wait([telling])
+        self.telling = None
+        if not telling.cancelled() and (problem := telling.exception()) is not None:
+            log.warning("answers_lost", reader=self.reader, reason=str(problem) or repr(problem))
 
     async def _commit(self, messages: Sequence[Message], position: LogPosition | None) -> Then:
         async with self.ctx.pool.acquire() as conn, conn.transaction():

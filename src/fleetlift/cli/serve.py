@@ -379,6 +379,7 @@ def plan_settings(options: Options, directory: Path, overrides: Overrides) -> Se
         log_max_age_s=overrides.log_max_age_s,
         log_max_bytes=overrides.log_max_bytes,
         telemetry_keep_days=overrides.telemetry_keep_days,
+        shadow_state_bytes=overrides.shadow_state_bytes,
         log_level=overrides.log_level,
         pid=os.getpid(),
         started_at=datetime.now(UTC).timestamp(),
