@@ -129,6 +129,9 @@ async def test_a_device_of_another_tenant_is_left_alone(ctx: Context, side: Flee
     async with ctx.pool.acquire() as conn:
         assert await conn.fetchval("SELECT count(*) FROM device WHERE tenant = 'rental'") == 1
         assert await conn.fetchval("SELECT count(*) FROM device_route WHERE migration = 'theirs'") == 1
+    refused = await other.deliver({"car-0": order(20, migration="theirs")})
+    assert "tenant" in refused["car-0"]
+    assert "car-0" not in await shadows.named_shadows(ctx, SHADOW_NAME)
 
 
 async def test_adopting_keeps_what_the_registry_knows(ctx: Context) -> None:

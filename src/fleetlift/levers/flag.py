@@ -7,6 +7,7 @@ the device reports its epoch.
 
 import asyncio
 from collections.abc import Awaitable, Callable, Mapping, Sequence
+from functools import partial
 from typing import Protocol, TypeVar
 
 import msgspec
@@ -17,6 +18,8 @@ from fleetlift.core.orders import DevicePhase, DeviceReport, Orders
 from fleetlift.sides.base import Side
 
 T = TypeVar("T")
+
+CHUNK = 500  # devices handed to a side at once
 
 
 class NewSide(Side, Protocol):
@@ -83,11 +86,23 @@ class FlagLever:
         if not orders:
             return Moved()
         (old, old_error), (new, new_error) = await asyncio.gather(
-            self._tolerant(lambda: self._old.deliver(orders), {}),
-            self._tolerant(lambda: self._new.deliver(orders), {}),
+            self._hand_out(self._old, orders),
+            self._hand_out(self._new, orders),
         )
         down = {name: why for name, why in (("old", old_error), ("new", new_error)) if why}
         return Moved(old_refused=old, new_refused=new, down=down)
+
+    async def _hand_out(self, side: Side, orders: Mapping[str, Orders]) -> tuple[dict[str, str], str]:
+        """Deliver part by part, so that a large wave is not taken for a side that hangs."""
+        refused: dict[str, str] = {}
+        devices = list(orders)
+        for start in range(0, len(devices), CHUNK):
+            part = {device: orders[device] for device in devices[start : start + CHUNK]}
+            some, error = await self._tolerant(partial(side.deliver, part), {})
+            refused.update(some)
+            if error:
+                return refused, error
+        return refused, ""
 
     async def observe(self, devices: Sequence[str], old: OldSide) -> Observed:
         """What both sides know of `devices` now; a device that neither has ever seen is left out.

@@ -124,6 +124,10 @@ class Bridge:
                 reason = "the side closed the connection"
             except* DOWN_ERRORS as errors:
                 reason = _first(errors)
+            except* Exception as errors:
+                # A side may be anybody's code: its faults stop its own bridge for a while, and nothing else.
+                reason = _first(errors)
+                log.error("bridge_part_failed", side=self.key, part=what, reason=reason, exc_info=True)
             if what == "inventory":
                 self._up, self.why_down = False, reason
             if time.monotonic() - started > 10:

@@ -381,6 +381,8 @@ class Runner:
         self._journaled: dict[str, int] = {}  # device: newest epoch in the journal, as far as is remembered
         self._journal_size = -1
         self._selected: tuple[object, frozenset[str]] | None = None
+        self._adopted: tuple[object, ...] | None = None
+        self._foreign: frozenset[str] = frozenset()  # ids that another tenant has at the new side
         self._sampled_at = 0.0
         self._sample_cost_s = 0.0
         self._down: dict[str, str] = {}
@@ -415,7 +417,9 @@ class Runner:
         plan, text, refused = self._amended(stored, asked, observed)
         fleet = self._fleet(plan, observed)
         if fleet is not None and observed.new_up:
-            await self._adopt(fleet)
+            await self._adopt(fleet, plan)
+        if fleet is not None and self._foreign:
+            fleet = tuple(device for device in fleet if device.id not in self._foreign)
         rungs = ladder(plan)
         state = stored.state
         rung = rungs[min(max(state.rung, 1), len(rungs) - 1)]
@@ -504,14 +508,20 @@ class Runner:
         chosen = self._selected[1]
         return tuple(device for device in observed.fleet if device.id in chosen)
 
-    async def _adopt(self, fleet: Sequence[FleetDevice]) -> None:
+    async def _adopt(self, fleet: Sequence[FleetDevice], plan: Plan) -> None:
+        """Make the selected devices known to the new side, whenever the inventory was read anew."""
+        basis = (self.bridge.snapshots, plan.fleet)
+        if self._adopted == basis:
+            return
         try:
             foreign = await self._new.adopt(fleet, self.name)
         except FleetError as error:
             log.warning("devices_not_adopted", migration=self.name, reason=str(error))
             return
-        if foreign and not self._down.get("tenant"):
+        if foreign and not self._foreign:
             log.warning("devices_of_another_tenant", migration=self.name, devices=foreign[:20])
+        self._foreign = frozenset(foreign)
+        self._adopted = basis
 
     def _amended(
         self, stored: StoredMigration, asked: Sequence[Request], observed: Observed

@@ -203,9 +203,19 @@ class FleetliftSide:
         for chunk in _chunks(list(orders)):
             with _reachable():
                 async with self._pool.acquire() as conn:
-                    accepted = await self._route(conn, {device: orders[device] for device in chunk})
+                    rows = await conn.fetch(
+                        "SELECT id FROM device WHERE id = ANY($1::text[]) AND tenant = $2",
+                        chunk,
+                        self._tenant,
+                    )
+                    mine = {row["id"] for row in rows}
+                    accepted = await self._route(conn, {d: orders[d] for d in chunk if d in mine})
                     newest = [d for d in chunk if d in accepted]
-                    refused.update((d, "a newer epoch was given already") for d in chunk if d not in accepted)
+                    for device in chunk:
+                        if device not in mine:
+                            refused[device] = f"not registered for tenant {self._tenant!r}"
+                        elif device not in accepted:
+                            refused[device] = "a newer epoch was given already"
                     trying = [d for d in newest if orders[d].flags.needs_new]
                     if trying:
                         for device in await registry.grant_generated(
@@ -306,6 +316,8 @@ class FleetliftSide:
     async def observe(self, devices: Sequence[str]) -> Mapping[str, DeviceObservation]:
         """Connection, report and newest telemetry (own path, and the other ones) of each device seen here."""
         wanted = list(devices)
+        if not self._services.nc.is_connected:
+            raise Unavailable("the new side's NATS does not answer: devices cannot be moved there now")
         with _reachable():
             async with self._pool.acquire() as conn:
                 reports = _reports(await shadow_store.all_named(conn, SHADOW_NAME, wanted))
