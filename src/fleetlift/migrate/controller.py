@@ -416,15 +416,16 @@ class Runner:
         self._note_down(observed)
         plan, text, refused = self._amended(stored, asked, observed)
         fleet = self._fleet(plan, observed)
-        if fleet is not None and observed.new_up:
-            await self._adopt(fleet, plan)
+        if observed.fleet is not None and observed.new_up:
+            await self._adopt(observed.fleet, plan)
         if fleet is not None and self._foreign:
             fleet = tuple(device for device in fleet if device.id not in self._foreign)
         rungs = ladder(plan)
         state = stored.state
         rung = rungs[min(max(state.rung, 1), len(rungs) - 1)]
         samples = {}
-        if state.wave_opened_at is not None and state.phase in (Phase.RUNNING, Phase.PAUSED, Phase.HELD):
+        armed = state.phase in (Phase.RUNNING, Phase.PAUSED, Phase.HELD)
+        if armed and state.wave_opened_at is not None and observed.new_up:
             samples = await self._measurer.samples(rung.gates, state, rungs, now)
         self._switch.step("observed")
 
@@ -509,12 +510,18 @@ class Runner:
         return tuple(device for device in observed.fleet if device.id in chosen)
 
     async def _adopt(self, fleet: Sequence[FleetDevice], plan: Plan) -> None:
-        """Make the selected devices known to the new side, whenever the inventory was read anew."""
+        """Make the old side's devices known to the new side, whenever the inventory was read anew.
+
+        Also those that the plan does not move: their telemetry comes by the feed, and their commands enter
+        here and go by the old side. Devices whose attribute `tenant` names another tenant are left out.
+        """
         basis = (self.bridge.snapshots, plan.fleet)
         if self._adopted == basis:
             return
+        tenant = plan.fleet.tenant
+        own = [device for device in fleet if device.attributes.get("tenant", tenant) == tenant]
         try:
-            foreign = await self._new.adopt(fleet, self.name)
+            foreign = await self._new.adopt(own, self.name)
         except FleetError as error:
             log.warning("devices_not_adopted", migration=self.name, reason=str(error))
             return
