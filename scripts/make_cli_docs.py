@@ -14,12 +14,12 @@ HEAD = """# The command line
 
 This page is written by `scripts/make_cli_docs.py` from the commands themselves.
 
-**Where it calls.** Commands that ask a server find it by `--data DIR` (the directory `fleetlift serve` runs on:
-its `admin.env` holds address and token), else by `FLEETLIFT_URL`, `FLEETLIFT_TOKEN` and `FLEETLIFT_CA` of the
-environment, else in `./fleetlift-data`.
+**Where it calls.** Commands that ask a server find it by `--data DIR` (the directory `fleetlift serve` runs
+on: its `admin.env` holds address and token), else by `FLEETLIFT_URL`, `FLEETLIFT_TOKEN` and `FLEETLIFT_CA` of
+the environment, else in `./fleetlift-data`.
 
-**Output.** Results go to standard output, remarks and errors to standard error. Every list has `--json`. Every
-coloured word has a mark beside it; `NO_COLOR=1` leaves the colours out.
+**Output.** Results go to standard output, remarks and errors to standard error. Every list has `--json`.
+Every coloured word has a mark beside it; `NO_COLOR=1` leaves the colours out.
 
 **Exit status.** 0 done; 1 failed, reverted or held; 2 wrong use. An error is one line that says what to do;
 `FLEETLIFT_DEBUG=1` adds where it happened.
