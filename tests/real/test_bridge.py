@@ -166,7 +166,11 @@ async def test_the_position_is_noted_only_for_what_the_log_holds(
     monkeypatch.setattr(ctx.publisher, "to_log", to_log)
     bridge = bridge_to(legacy, ctx)
     async with car(legacy) as one, service(telemetry.run, ctx), running(bridge):
-        await until(lambda: _true(bridge.up))
+
+        async def sign_in_noted() -> bool:
+            return await bridge.position() != ""
+
+        await until(sign_in_noted)
         held = await bridge.position()
         one.telemetry(0, 100)
         await asyncio.sleep(0.5)
