@@ -615,6 +615,8 @@ async def test_requests_reach_the_controller_with_the_callers_name(house: House)
     for verb in ("pause", "resume", "approve", "release"):
         assert (await operator.post(f"{V1}/migrations/connect/{verb}")).json()["answered"] is False
     await operator.post(f"{V1}/migrations/connect/revert")
+    await operator.post(f"{V1}/migrations/connect/resume", json={"device": "car-1"})
+    await operator.post(f"{V1}/migrations/connect/release", json={"force": True})
     await operator.post(f"{V1}/migrations/connect/revert", json={"wave": True})
     await operator.post(f"{V1}/migrations/connect/revert", json={"device": "car-1"})
     await operator.post(f"{V1}/migrations/connect/resume", json={"device": "car-1"})
@@ -631,6 +633,8 @@ async def test_requests_reach_the_controller_with_the_callers_name(house: House)
         (RequestKind.APPROVE, {}),
         (RequestKind.RELEASE, {}),
         (RequestKind.REVERT, {}),
+        (RequestKind.RESUME, {"device": "car-1"}),
+        (RequestKind.RELEASE, {"force": True}),
         (RequestKind.REVERT, {"wave": True}),
         (RequestKind.REVERT, {"device": "car-1"}),
         (RequestKind.RESUME, {"device": "car-1"}),
@@ -715,6 +719,19 @@ async def test_events_follow_live_and_go_on_where_they_were_lost(house: House) -
         ),
         404,
     )
+
+
+async def test_open_streams_do_not_keep_the_server_from_stopping(house: House) -> None:
+    await started(house)
+    async with house["viewer"].stream(
+        "GET", f"{V1}/migrations/connect/events", headers={"accept": "text/event-stream"}
+    ) as answer:
+        lines = answer.aiter_lines()
+        assert await anext(lines)
+        house.ctx.stop.set()
+        async with asyncio.timeout(5):
+            async for _ in lines:
+                pass
 
 
 # -- health and limits ----------------------------------------------------------------------------------

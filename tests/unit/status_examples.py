@@ -121,9 +121,9 @@ RUNNING = MigrationStatus(
             [
                 ("anna", "migration_started", "started: 57 devices, 6 rungs, 27 waves"),
                 ("controller", "wave_opened", "telemetry → both, wave 1 (10 devices): 10 devices told"),
-                ("controller", "wave_baked", "telemetry → both, wave 1: every gate held for 4 s"),
+                ("controller", "wave_passed", "telemetry → both, wave 1: every gate held for 4 s"),
                 ("controller", "wave_opened", "telemetry → both, wave 6 (100%): 29 devices told"),
-                ("controller", "rung_finished", "telemetry → both: all 57 devices are there"),
+                ("controller", "wave_passed", "telemetry → both: all 57 devices are there"),
                 ("controller", "wave_opened", "telemetry → new, wave 5 (50%): 14 devices told"),
                 (
                     "controller",

@@ -1,15 +1,20 @@
 """The live screen: always the size asked for, readable in black and white, what matters always on it."""
 
+import ast
 import io
+from pathlib import Path
+from types import ModuleType
 
 import pytest
 from msgspec.structs import replace
 from rich.console import Console
 from status_examples import BIG, EXAMPLES, FINISHED, HELD, RUNNING, T0
 
-from fleetlift.cli.watch import figure, render, spark, stopwatch
+from fleetlift.cli.watch import EVENT_SIGNS, figure, render, spark, stopwatch
+from fleetlift.core import decide
 from fleetlift.core.migration import Phase, WavePhase
 from fleetlift.core.status import MigrationStatus, from_document, to_document
+from fleetlift.migrate import controller
 
 SIZES = [(80, 24), (100, 30), (120, 40), (200, 50), (40, 8), (60, 15), (130, 12)]
 
@@ -112,6 +117,26 @@ def test_figures_are_short_and_carry_their_unit() -> None:
     assert figure(75.0, "s") == "1 min 15 s"
     assert figure(3.0, "") == "3"
     assert stopwatch(59.6) == "1:00" and stopwatch(3700) == "1 h 01 min"
+
+
+def noted_kinds(module: ModuleType) -> set[str]:
+    """Every kind of audit line that the module's code notes down."""
+    kinds: set[str] = set()
+    for node in ast.walk(ast.parse(Path(module.__file__ or "").read_text())):
+        if not isinstance(node, ast.Call):
+            continue
+        named = [k.value for k in node.keywords if k.arg == "kind"]
+        notes = isinstance(node.func, ast.Attribute) and node.func.attr.startswith("_note")
+        for value in (*named, *(node.args[:1] if notes else [])):
+            constants = [c.value for c in ast.walk(value) if isinstance(c, ast.Constant)]
+            kinds |= {c for c in constants if isinstance(c, str)}
+    return kinds
+
+
+def test_every_kind_of_event_that_is_noted_has_a_mark() -> None:
+    """A new kind of audit line must be given its sign on the screen."""
+    noted = noted_kinds(decide) | noted_kinds(controller)
+    assert "gate_breached" in noted and noted <= set(EVENT_SIGNS), noted - set(EVENT_SIGNS)
 
 
 def test_sparks_stand_on_their_ground_and_stay_in_their_field() -> None:

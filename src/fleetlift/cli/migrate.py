@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 app = typer.Typer(help="Move a live fleet from one backend to another.", no_args_is_help=True)
 
 REFRESH_S = 1.0
+AWAY_S = 120.0  # how long a server may be away while it is watched by a program
 WAIT_S = 15  # how long to wait for the controller to deal with a request
 
 Name = Annotated[
@@ -136,7 +137,7 @@ def list_(limit: Limit = 100, data: Data = None, as_json: Json = False) -> None:
 def status(name: Name = None, data: Data = None, as_json: Json = False) -> None:
     """How a migration stands, once. `watch` shows it live."""
     from fleetlift.cli.screen import emit_json, out
-    from fleetlift.cli.watch import render
+    from fleetlift.cli.watch import snapshot
     from fleetlift.core.status import from_document
 
     with connect(data) as api:
@@ -147,7 +148,7 @@ def status(name: Name = None, data: Data = None, as_json: Json = False) -> None:
         console = out()
         found = from_document(document)
         width = min(console.width, 120)
-        console.print(render(found, width, 24 + 2 * len(found.gates)), soft_wrap=True)
+        console.print(snapshot(found, width), soft_wrap=True)
     raise typer.Exit(exit_status(document["phase"]))
 
 
@@ -354,15 +355,20 @@ def ask(data: Path | None, name: str | None, verb: str, body: Any = None) -> Non
 def send(api: Api, name: str, verb: str, body: Any) -> None:
     """Ask the controller and say what came of it: the events it noted meanwhile."""
     from fleetlift.cli.screen import note, say
+    from fleetlift.core.errors import Conflict
 
     before = newest_event(api, name)
     asked = api.request("POST", path_of(name, f"/{verb}"), params={"wait": WAIT_S}, body=body)
     if not asked["answered"]:
         note(f"The controller has not dealt with it after {WAIT_S} s; it will. Does /readyz miss it?")
         return
-    say("done", f"{name}: {verb} was dealt with.")
-    for event in events_after(api, name, before):
+    found = events_after(api, name, before)
+    for event in found:
         print_event(event, evidence=False, as_json=False)
+    refused = [e["text"] for e in found if e["kind"] == "request_refused"]
+    if refused:
+        raise Conflict(f"{name}: {refused[-1]}")
+    say("done", f"{name}: {verb} was dealt with.")
 
 
 def newest_event(api: Api, name: str) -> int:
@@ -416,7 +422,7 @@ def follow(api: Api, name: str, *, as_json: bool = False, after_revert: bool = F
     from rich.live import Live
     from rich.text import Text
 
-    from fleetlift.cli.watch import render
+    from fleetlift.cli.watch import render, snapshot
     from fleetlift.core.errors import Unavailable
     from fleetlift.core.status import from_document
 
@@ -444,7 +450,7 @@ def follow(api: Api, name: str, *, as_json: bool = False, after_revert: bool = F
         pass  # leaving the screen leaves the migration alone
     if found is None:
         return 1
-    console.print(render(found, min(console.width, 120), 24 + 2 * len(found.gates)))
+    console.print(snapshot(found, min(console.width, 120)))
     return exit_status(found.phase.value)
 
 
@@ -452,9 +458,21 @@ def follow_lines(api: Api, name: str, *, as_json: bool, after_revert: bool) -> i
     """Events (or states as JSON) line by line, for logs and programs."""
     import json
 
-    last = -1
+    from fleetlift.cli.screen import note
+    from fleetlift.core.errors import Unavailable
+
+    last, trouble_since = -1, None
     while True:
-        document = api.get(path_of(name))
+        try:
+            document, trouble_since = api.get(path_of(name)), None
+        except Unavailable as exc:
+            if trouble_since is None:
+                note(str(exc))
+            trouble_since = trouble_since or time.monotonic()
+            if time.monotonic() - trouble_since > AWAY_S:
+                raise
+            time.sleep(REFRESH_S)
+            continue
         if as_json:
             typer.echo(json.dumps(document, ensure_ascii=False))
         else:

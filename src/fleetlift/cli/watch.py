@@ -4,7 +4,7 @@
 watch` and the demo show. Every colour has a mark or a word beside it, so that it reads in black and white.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from typing import NamedTuple
 
@@ -28,15 +28,37 @@ MARKS = {
 }
 VERDICTS = {Verdict.ADVANCE: ("✓", GOOD), Verdict.HOLD: ("!", WARN), Verdict.REVERT: ("✗", BAD)}
 DONE = (Phase.FINISHED, Phase.REVERTED, Phase.RELEASED)
-# kinds of audit lines by a word in them → mark and style; the first that fits
-EVENT_SIGNS = (
-    (("breach", "failed", "lost", "emergency"), "✗", BAD),
-    (("return", "revert", "back"), "↩", BAD),
-    (("held", "straggl", "unmeasured", "exclud"), "!", WARN),
-    (("finish", "complet", "baked", "moved", "released", "held_ok"), "✓", GOOD),
-    (("opened", "started", "raised", "resumed", "approved", "amended"), "▶", LIVE),
-    (("paused",), "‖", WARN),
-)
+# what the audit log notes → mark and style; kinds that are not here are shown with a dot
+EVENT_SIGNS: Mapping[str, tuple[str, str]] = {
+    "migration_started": ("▶", LIVE),
+    "migration_resumed": ("▶", LIVE),
+    "device_resumed": ("▶", LIVE),
+    "plan_amended": ("▶", LIVE),
+    "wave_approved": ("▶", LIVE),
+    "wave_opened": ("▶", LIVE),
+    "wave_moved": ("→", LIVE),
+    "wave_passed": ("✓", GOOD),
+    "migration_finished": ("✓", GOOD),
+    "migration_released": ("✓", GOOD),
+    "wave_skipped": ("-", FAINT),
+    "devices_joined": ("+", FAINT),
+    "migration_paused": ("‖", WARN),
+    "wave_awaits_approval": ("?", WARN),
+    "growth_held": ("!", WARN),
+    "request_refused": ("!", WARN),
+    "devices_went_back": ("!", WARN),
+    "devices_not_adopted": ("!", WARN),
+    "devices_of_another_tenant": ("!", WARN),
+    "migration_not_taken_up": ("!", WARN),
+    "migration_taken_up": ("!", WARN),
+    "gate_breached": ("✗", BAD),
+    "wave_returning": ("↩", BAD),
+    "wave_returned": ("↩", BAD),
+    "device_sent_back": ("↩", BAD),
+    "emergency_taken_in": ("↩", BAD),
+    "migration_reverting": ("↩", BAD),
+    "migration_reverted": ("↩", BAD),
+}
 EIGHTHS = " ▁▂▃▄▅▆▇█"
 CONTROLLER_QUIET_S = 15.0
 HINTS = {Phase.HELD: "Resume, amend or revert?", Phase.PAUSED: "Resume goes on."}
@@ -163,7 +185,9 @@ def doing(s: MigrationStatus, width: int) -> Text:
     wave = rung.waves[s.wave] if s.wave < len(rung.waves) else None
     parts: list[Span | str] = [Span(f"{rung.step} → {rung.stage}", "bold")]
     if wave is not None:
-        parts.append(f", wave {s.wave + 1} of {len(rung.waves)} ({wave.label}, {devices(wave.devices)})")
+        many = devices(wave.devices)
+        share = many if wave.label in (many, f"{wave.devices} devices") else f"{wave.label}, {many}"
+        parts.append(f", wave {s.wave + 1} of {len(rung.waves)} ({share})")
     match s.wave_phase:
         case WavePhase.MOVING:
             parts.append(Span(f"  → moving, {devices(s.moving)} to go", LIVE))
@@ -318,10 +342,7 @@ def gates(results: Sequence[GateResult], width: int, rows: int) -> list[Text]:
 
 def sign_of(kind: str) -> tuple[str, str]:
     """Mark and style of an event of this kind."""
-    for words, mark, style in EVENT_SIGNS:
-        if any(word in kind for word in words):
-            return mark, style
-    return "·", FAINT
+    return EVENT_SIGNS.get(kind, ("·", FAINT))
 
 
 def events(found: Sequence[EventLine], width: int, rows: int) -> list[Text]:
@@ -377,6 +398,15 @@ def render(status: MigrationStatus, width: int, height: int) -> Group:
         text.no_wrap, text.overflow = True, "crop"
         text.end = "\n"
     lines[-1].end = ""
+    return Group(*lines)
+
+
+def snapshot(status: MigrationStatus, width: int) -> Group:
+    """The screen as a page to be printed once: as long as it needs to be."""
+    screen = render(status, width, 30 + 2 * len(status.gates) + min(4, len(status.stragglers)))
+    lines = [text for text in screen.renderables if isinstance(text, Text)]
+    while lines and not lines[-1].plain.strip():
+        lines.pop()
     return Group(*lines)
 
 

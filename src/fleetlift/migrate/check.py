@@ -240,9 +240,7 @@ async def _gate_findings(backend: "asyncpg.Pool[Any]", plan: Plan) -> list[Findi
     """Gates that would have no data: a gate without data never lets a wave advance."""
     found = []
     gates = gates_of(plan)
-    by_commands = [
-        g for g in gates if g.metric.startswith("commands.") and g.metric != "commands.executed_twice"
-    ]
+    by_commands = [g for g in gates if g.metric.startswith("commands.")]
     if by_commands:
         async with backend.acquire() as conn:
             sent = await conn.fetchval(
