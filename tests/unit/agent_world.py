@@ -109,6 +109,7 @@ class World:
         self.produced: dict[str, int] = {}
         self.bodies: dict[tuple[str, int], bytes] = {}
         self.timer_at: float | None = None
+        self._busy = 0
         self.command_takes_s = 0.05
         self.finish_commands = True
         self._queue: list[tuple[float, int, int, Callable[[], m.Event | None]]] = []
@@ -156,6 +157,8 @@ class World:
             if self.timer_at is not None and (at is None or self.timer_at <= at):
                 if self.timer_at > end:
                     break
+                self._busy = self._busy + 1 if self.timer_at <= self.now else 0
+                assert self._busy < 100, "the agent's timer goes round and round without time passing"
                 self.now, self.timer_at = max(self.now, self.timer_at), None
                 self.feed(m.Timer())
             elif at is not None and at <= end:

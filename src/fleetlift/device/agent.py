@@ -296,6 +296,12 @@ class Agent:
                 self._produce(event.channel, event.body, now)
                 return self._out
             case Stored():
+                if not (self._waiting or self._outcomes or self._report_token):
+                    # Telemetry alone waited: what every measurement goes through takes the short way.
+                    self._stored = max(self._stored, event.token)
+                    self._pump(self._old, now)
+                    self._pump(self._new, now)
+                    return self._out
                 self._on_stored(event.token)
             case Started():
                 self._started(event.saved, now)
@@ -844,7 +850,7 @@ class Agent:
                 at = min(at, link.connecting_since + s.connect_within_s)
             elif link.state is LinkState.DOWN and link.wanted:
                 at = min(at, link.retry_at)
-            elif link.state is LinkState.UP and (since := self._owed_since(link)) is not None:
+            elif link.wanted and (since := self._owed_since(link)) is not None:
                 at = min(at, since + s.acked_within_s)
             if link.unwanted_since is not None:
                 at = min(at, link.unwanted_since + s.linger_s)
