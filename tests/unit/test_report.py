@@ -33,9 +33,7 @@ def facts(name: str = "connect") -> ReportData:
                 devices_both=t,
                 devices_new=0,
                 rate_old=100.0,
-                gates=(
-                    GatePoint(gate=GATE, verdict="revert", value=0.97, limit=0.9999, unit="share", n=100),
-                ),
+                gates=(GatePoint(gate=GATE, verdict="revert", value=97.0, limit=99.99, unit="%", n=100),),
             ),
         )
         for t in range(20)
@@ -150,7 +148,7 @@ def test_the_time_axis_has_a_readable_number_of_ticks(span: float) -> None:
 
 
 def test_figures_are_written_as_people_write_them() -> None:
-    assert value_label(0.9973, "share") == "99.73 %"
+    assert value_label(99.73, "%") == "99.73 %"
     assert value_label(0.25, "s") == "250 ms"
     assert value_label(12345.0, "") == "12,345"
     assert clock_label(75) == "1:15"

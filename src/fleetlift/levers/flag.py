@@ -79,16 +79,21 @@ class FlagLever:
         self._timeout_s = timeout_s
 
     async def move(self, orders: Mapping[str, Orders]) -> Moved:
-        """Hand the orders to both sides at once; one that is down is reported and does not hold up the other.
+        """Hand the orders to both sides; one that is down is reported, and the other gets them all the same.
 
+        Orders back to the old side go to both at once. Orders that need the new side go there first: a device
+        that hears of them by the old side would otherwise knock before its credential is known.
         Safe to repeat: a side refuses an epoch older than the one it holds and takes the same one again.
         """
-        if not orders:
-            return Moved()
+        back = {device: one for device, one in orders.items() if not one.flags.needs_new}
         (old, old_error), (new, new_error) = await asyncio.gather(
-            self._hand_out(self._old, orders),
-            self._hand_out(self._new, orders),
+            self._hand_out(self._old, back), self._hand_out(self._new, back)
         )
+        onward = {device: one for device, one in orders.items() if one.flags.needs_new}
+        for_new = await self._hand_out(self._new, onward)
+        for_old = await self._hand_out(self._old, onward)
+        old, old_error = {**old, **for_old[0]}, old_error or for_old[1]
+        new, new_error = {**new, **for_new[0]}, new_error or for_new[1]
         down = {name: why for name, why in (("old", old_error), ("new", new_error)) if why}
         return Moved(old_refused=old, new_refused=new, down=down)
 

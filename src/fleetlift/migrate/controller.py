@@ -36,6 +36,7 @@ from fleetlift.core.migration import (
     Request,
     RequestKind,
     Tell,
+    Verdict,
 )
 from fleetlift.core.orders import Orders
 from fleetlift.core.plan import Plan, Rung, check_amendment, ladder
@@ -449,7 +450,10 @@ class Runner:
         taken = text is not None and any(
             r.kind is RequestKind.AMEND and r.id in decision.answered for r in asked
         )
-        if decision.state != state or audit or answered or decision.gates != stored.gates or taken:
+        gates = decision.gates
+        if not gates and decision.state.phase is Phase.HELD:
+            gates = stored.gates  # what was breached stays to be seen until somebody decides
+        if decision.state != state or audit or answered or gates != stored.gates or taken:
             async with self._engine.acquire() as conn:
                 stored = await store.commit(
                     conn,
@@ -457,7 +461,7 @@ class Runner:
                     decision.state,
                     audit=audit,
                     answered=answered,
-                    gates=decision.gates,
+                    gates=gates,
                     plan=text if taken else None,
                     now=now,
                 )
@@ -655,8 +659,9 @@ class Runner:
     async def _sample(
         self, stored: StoredMigration, decision: Decision, observed: Observed, now: float
     ) -> bool:
-        """Note a point of the timeline when one is due; whether it was."""
-        if now - self._sampled_at < max(SAMPLE_EVERY_S, 10 * self._sample_cost_s):
+        """Note a point of the timeline when one is due, a breach always; whether it was."""
+        breached = any(gate.verdict is Verdict.REVERT for gate in decision.gates)
+        if not breached and now - self._sampled_at < max(SAMPLE_EVERY_S, 10 * self._sample_cost_s):
             return False
         started = time.monotonic()
         state = stored.state

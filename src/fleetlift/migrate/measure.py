@@ -499,17 +499,17 @@ class Measurer:
         """(p50, p95) of the commands that ended in the last 30 s, by path `old` and `new`."""
         async with self._backend.acquire() as conn:
             rows = await conn.fetch(
-                "SELECT path, percentile_cont(ARRAY[0.5, 0.95]) WITHIN GROUP (ORDER BY "
-                "extract(epoch FROM ended_at - coalesce(sent_at, created_at))::float8) AS p "
+                "SELECT p.path, percentile_cont(ARRAY[0.5, 0.95]) WITHIN GROUP (ORDER BY "
+                "extract(epoch FROM p.ended_at - coalesce(p.sent_at, p.created_at))::float8) AS q "
                 "FROM command_path p JOIN command c ON c.id = p.command "
                 "WHERE p.ended_at >= $2 AND c.id >= $3 AND p.device = ANY($1::text[]) AND c.name <> $4 "
-                "AND p.status NOT IN ('expired', 'unreachable') GROUP BY path",
+                "AND p.status NOT IN ('expired', 'unreachable') GROUP BY p.path",
                 devices,
                 _time(now - 30),
                 uuid7(now - 90, 0),
                 PROBE_COMMAND,
             )
-        return {row["path"]: (row["p"][0], row["p"][1]) for row in rows}
+        return {row["path"]: (row["q"][0], row["q"][1]) for row in rows}
 
 
 def standing_flags(member: Member, rungs: Sequence[Rung]) -> Flags:

@@ -63,9 +63,9 @@ def time_ticks(span: float) -> list[float]:
 
 
 def value_label(value: float, unit: str) -> str:
-    """A figure with its unit, short: 0.25 s becomes 250 ms, 0.9973 of a share 99.73 %."""
-    if unit == "share":
-        text = f"{value * 100:.2f}".rstrip("0").rstrip(".")
+    """A figure with its unit, short: 0.25 s becomes 250 ms, 99.730 % becomes 99.73 %."""
+    if unit == "%":
+        text = f"{value:.3f}".rstrip("0").rstrip(".")
         return f"{text} %"
     if unit == "s":
         if abs(value) >= 1:
@@ -168,12 +168,12 @@ def lines(
         low, high = low - (high - low) * 0.1, high + (high - low) * 0.1
     else:
         low, high = low - abs(low) * 0.05 - 1e-9, high + abs(high) * 0.05 + 1e-9
-    if unit == "share":
-        high, low = min(max(high, low + 1e-4), 1.0), min(low, 0.9999)
+    if unit == "%":
+        low, high = min(low, 99.99), min(high, 100.0)
     frame = _Frame(span, low, high, height, unit)
-    if unit == "share":
-        frame.high = min(frame.high, 1.0)
-        frame.ticks = [t for t in frame.ticks if t <= 1.0]
+    if unit == "%":
+        frame.high = min(frame.high, 100.0)
+        frame.ticks = [t for t in frame.ticks if t <= 100.0]
     parts = [frame.axes(), frame.marks(marks)]
     labels = []
     if limit and any(v is not None for _, v in limit.points):

@@ -238,7 +238,7 @@ def _gate_plots(data: ReportData, span: float, marks: Sequence[Mark]) -> str:
             height=150,
             limit=limit,
             marks=marks,
-            from_zero=unit != "share",
+            from_zero=unit != "%",
         )
         figures.append(f"<figure><figcaption><code>{escape(text)}</code> {sign}</figcaption>{plot}</figure>")
     return "".join(figures)

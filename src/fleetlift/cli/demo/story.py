@@ -40,7 +40,7 @@ from fleetlift.migrate.report import read_report
 from fleetlift.migrate.report import render as render_report
 
 NAME: Final = "connect-to-fleetlift"
-WIDE, NARROW = "attributes.hardware >= 3", "attributes.hardware == 3"
+WIDE, NARROW = "attributes.hardware >= 2", f"attributes.hardware != {MISBEHAVING}"
 POLL_S: Final = 0.4
 TIME_TO_READ_S: Final = 5.0  # a breach stays on the screen so long before the plan is narrowed
 PATIENCE_S: Final = 900.0  # a demo that takes longer has failed
