@@ -392,7 +392,7 @@ def print_event(event: Mapping[str, Any], evidence: bool, as_json: bool) -> None
     from fleetlift.cli.watch import sign_of
 
     mark, style = sign_of(event["kind"])
-    who = "" if event["actor"] == "controller" else f"{event['actor']}: "
+    who = "" if event["actor"] == "controller" or event["actor"] in event["text"] else f"{event['actor']}: "
     line = (
         Text(f"{when(event['at'])} ", style="grey58")
         + Text(f"{mark} ", style=style)

@@ -213,7 +213,11 @@ def devices(n: int) -> str:
 
 def sides(s: MigrationStatus, width: int) -> list[Text]:
     """The fleet as one bar, by the side that serves each device, with its legend."""
-    counts = (s.devices_old, s.devices_both, s.devices_new)
+    counts = (
+        s.devices_old + s.excluded,
+        s.devices_both,
+        s.devices_new,
+    )  # who takes no part stays on the old one
     total = max(1, sum(counts))
     cells = [n * width / total for n in counts]
     whole = [int(c) for c in cells]
@@ -353,7 +357,7 @@ def events(found: Sequence[EventLine], width: int, rows: int) -> list[Text]:
     lines = []
     for e in found[-rows:] if rows > 0 else []:
         mark, style = sign_of(e.kind)
-        who = f"{e.actor}: " if e.actor not in ("", "controller") else ""
+        who = f"{e.actor}: " if e.actor not in ("", "controller") and e.actor not in e.text else ""
         lines.append(
             line(
                 Span(f"{clock(e.at)} ", FAINT),

@@ -210,7 +210,7 @@ class Demo:
 
     def _screen(self, status: MigrationStatus, narrowed: bool) -> Group:
         width, height = self.console.size
-        return Group(render(status, width, height - 1), caption(status, narrowed, width))
+        return Group(render(status, width, height - 1), Text(), caption(status, narrowed, width))
 
     def _print_events(self, api: Api) -> None:
         for event in api.get(f"/migrations/{NAME}")["events"]:
@@ -285,4 +285,5 @@ def caption(status: MigrationStatus, narrowed: bool, width: int) -> Text:
     else:
         text = Text(" a fleet moves while it drives; an operator goes on working", "dim")
     text.truncate(width, overflow="ellipsis")
+    text.end = ""
     return text
