@@ -2,16 +2,14 @@
 
 import asyncio
 from collections.abc import AsyncIterator, Iterator
-from typing import Any
 
-import asyncpg
 import msgspec
 import pytest
 import pytest_asyncio
 
 from fleetlift.backend.context import Context, open_context
 from fleetlift.config import Settings
-from fleetlift.store.pool import open_pool
+from fleetlift.store.pool import Pool, open_pool
 from fleetlift.testing import (
     LoopThread,
     RunningBackend,
@@ -53,7 +51,7 @@ def database_url(postgres: TestPostgres, engine_loop: LoopThread) -> Iterator[st
 
 
 @pytest.fixture
-async def pool(database_url: str) -> AsyncIterator["asyncpg.Pool[Any]"]:
+async def pool(database_url: str) -> AsyncIterator[Pool]:
     """A connection pool on a fresh database."""
     async with open_pool(database_url, name="test") as opened:
         yield opened

@@ -1,9 +1,7 @@
 """The engine's tables: what is committed together, and who is turned away."""
 
 import asyncio
-from typing import Any
 
-import asyncpg
 import pytest
 from msgspec.structs import replace
 
@@ -21,14 +19,14 @@ from fleetlift.core.migration import (
 from fleetlift.core.timeline import TimelinePoint
 from fleetlift.migrate.controller import LEADER
 from fleetlift.store import engine as store
-from fleetlift.store.pool import sole_owner
+from fleetlift.store.pool import Conn, Pool, sole_owner
 
 
 def members(count: int) -> dict[str, Member]:
     return {f"car-{n}": Member(device=f"car-{n}", rank=n) for n in range(count)}
 
 
-async def make(conn: store.Conn, count: int = 3, name: str = "move") -> store.StoredMigration:
+async def make(conn: Conn, count: int = 3, name: str = "move") -> store.StoredMigration:
     await store.create(
         conn,
         tenant="carshare",
@@ -41,7 +39,7 @@ async def make(conn: store.Conn, count: int = 3, name: str = "move") -> store.St
     return await store.load(conn, name)
 
 
-async def test_a_decision_is_stored_whole(pool: "asyncpg.Pool[Any]") -> None:
+async def test_a_decision_is_stored_whole(pool: Pool) -> None:
     """State, members, audit, verdicts and answered requests are read back as they were decided."""
     async with pool.acquire() as conn:
         before = await make(conn)
@@ -87,13 +85,13 @@ async def test_a_decision_is_stored_whole(pool: "asyncpg.Pool[Any]") -> None:
         assert await store.audit_page(conn, "move", after=lines[0].id) == lines[1:]
 
 
-async def test_of_two_controllers_that_decide_at_once_one_commits(pool: "asyncpg.Pool[Any]") -> None:
+async def test_of_two_controllers_that_decide_at_once_one_commits(pool: Pool) -> None:
     """The other is turned away and nothing of its decision is stored."""
     async with pool.acquire() as one, pool.acquire() as other:
         await make(one)
         first, second = await store.load(one, "move"), await store.load(other, "move")
 
-        async def decide(conn: store.Conn, read: store.StoredMigration, who: str) -> None:
+        async def decide(conn: Conn, read: store.StoredMigration, who: str) -> None:
             await store.commit(
                 conn,
                 read,
@@ -139,7 +137,7 @@ async def test_one_controller_leads_at_a_time(database_url: str) -> None:
     assert order == ["first", "first left", "second", "second left"]
 
 
-async def test_a_hundred_thousand_members_are_stored_in_seconds(pool: "asyncpg.Pool[Any]") -> None:
+async def test_a_hundred_thousand_members_are_stored_in_seconds(pool: Pool) -> None:
     """Creating, raising all and reading back a large fleet stays one transaction each."""
     async with pool.acquire() as conn:
         before = await make(conn, 100_000)
@@ -155,7 +153,7 @@ async def test_a_hundred_thousand_members_are_stored_in_seconds(pool: "asyncpg.P
         assert [m.rank for m in page] == [99_998, 99_999]
 
 
-async def test_names_are_unique_and_the_unknown_is_not_found(pool: "asyncpg.Pool[Any]") -> None:
+async def test_names_are_unique_and_the_unknown_is_not_found(pool: Pool) -> None:
     async with pool.acquire() as conn:
         await make(conn)
         with pytest.raises(Conflict):
@@ -169,7 +167,7 @@ async def test_names_are_unique_and_the_unknown_is_not_found(pool: "asyncpg.Pool
         assert await store.claimed(conn, ["car-1", "car-99"], [Phase.RUNNING]) == [("car-1", "move")]
 
 
-async def test_an_emergency_is_asked_for_once(pool: "asyncpg.Pool[Any]") -> None:
+async def test_an_emergency_is_asked_for_once(pool: Pool) -> None:
     """However often the journal is read, each emergency becomes one request."""
     async with pool.acquire() as conn:
         await make(conn)
@@ -184,7 +182,7 @@ async def test_an_emergency_is_asked_for_once(pool: "asyncpg.Pool[Any]") -> None
         ]
 
 
-async def test_the_timeline_is_read_in_its_order(pool: "asyncpg.Pool[Any]") -> None:
+async def test_the_timeline_is_read_in_its_order(pool: Pool) -> None:
     async with pool.acquire() as conn:
         await make(conn)
         point = TimelinePoint(

@@ -1,9 +1,7 @@
 """Gates' measurements on rows as the backend writes them."""
 
 import time
-from typing import Any
 
-import asyncpg
 import pytest
 
 from fleetlift.core.command import uuid7
@@ -15,6 +13,7 @@ from fleetlift.core.plan import Move, Rung
 from fleetlift.core.units import parse_share
 from fleetlift.migrate.measure import Measurer
 from fleetlift.store import engine as store
+from fleetlift.store.pool import Pool
 
 NOW = float(int(time.time()))
 OPENED = NOW - 60.0
@@ -68,7 +67,7 @@ def wave(*devices: str, waiting: str = "") -> MigrationState:
 
 
 @pytest.fixture
-async def measurer(pool: "asyncpg.Pool[Any]") -> Measurer:
+async def measurer(pool: Pool) -> Measurer:
     async with pool.acquire() as conn:
         await store.create(
             conn,
@@ -95,7 +94,7 @@ async def measure(
 
 
 async def ledger(
-    pool: "asyncpg.Pool[Any]",
+    pool: Pool,
     device: str,
     path: str,
     ranges: str,
@@ -121,7 +120,7 @@ async def ledger(
 
 
 async def test_completeness_counts_what_the_old_path_knows_and_the_new_one_lacks(
-    pool: "asyncpg.Pool[Any]", measurer: Measurer
+    pool: Pool, measurer: Measurer
 ) -> None:
     """From the first seq on the new path, every number known by either path is expected there."""
     await measurer.note_baselines({"car-1": 5, "car-2": 5})
@@ -137,9 +136,7 @@ async def test_completeness_counts_what_the_old_path_knows_and_the_new_one_lacks
     assert (example["device"], example["gaps"]) == ("car-1", "{[150,160),[190,200)}")
 
 
-async def test_a_message_still_under_way_is_not_missing(
-    pool: "asyncpg.Pool[Any]", measurer: Measurer
-) -> None:
+async def test_a_message_still_under_way_is_not_missing(pool: Pool, measurer: Measurer) -> None:
     """What the old path got a moment ago may still come by the new one; a grace later it is missing."""
     await measurer.note_baselines({"car-1": 5})
     await ledger(pool, "car-1", "legacy", "{[0,200)}", age_s=0.0)
@@ -150,9 +147,7 @@ async def test_a_message_still_under_way_is_not_missing(
     assert (later.n, later.evidence["missing"]) == (100, 10)
 
 
-async def test_a_channel_that_never_comes_by_the_new_side_is_missing(
-    pool: "asyncpg.Pool[Any]", measurer: Measurer
-) -> None:
+async def test_a_channel_that_never_comes_by_the_new_side_is_missing(pool: Pool, measurer: Measurer) -> None:
     """A device that keeps a whole channel from the new side is not overlooked."""
     await measurer.note_baselines({"car-1": 5})
     await ledger(pool, "car-1", "mqtt", "{[100,200)}")
@@ -167,7 +162,7 @@ async def test_a_channel_that_never_comes_by_the_new_side_is_missing(
 
 
 async def test_what_a_device_left_out_while_it_was_away_is_not_missing(
-    pool: "asyncpg.Pool[Any]", measurer: Measurer
+    pool: Pool, measurer: Measurer
 ) -> None:
     """A device that went back and moves again counts from its new order on, also after a restart."""
     await ledger(pool, "car-1", "mqtt", "{[0,100)}")
@@ -182,7 +177,7 @@ async def test_what_a_device_left_out_while_it_was_away_is_not_missing(
 # -- delay, silence ----------------------------------------------------------------------------------------
 
 
-async def delays(pool: "asyncpg.Pool[Any]", device: str, path: str, delay_s: float, count: int) -> None:
+async def delays(pool: Pool, device: str, path: str, delay_s: float, count: int) -> None:
     counts = [0] * (bucket(delay_s) + 1)
     counts[-1] = count
     start = NOW - NOW % 10 - 10
@@ -198,7 +193,7 @@ async def delays(pool: "asyncpg.Pool[Any]", device: str, path: str, delay_s: flo
 
 
 async def test_delay_is_compared_with_the_same_devices_on_the_old_path(
-    pool: "asyncpg.Pool[Any]", measurer: Measurer
+    pool: Pool, measurer: Measurer
 ) -> None:
     await delays(pool, "car-1", "mqtt", 0.2, 100)
     await delays(pool, "car-1", "legacy", 0.4, 100)
@@ -210,7 +205,7 @@ async def test_delay_is_compared_with_the_same_devices_on_the_old_path(
 
 
 async def test_where_the_old_path_is_gone_devices_still_there_are_the_comparison(
-    pool: "asyncpg.Pool[Any]", measurer: Measurer
+    pool: Pool, measurer: Measurer
 ) -> None:
     await delays(pool, "car-1", "mqtt", 0.2, 100)
     await delays(pool, "car-7", "legacy", 0.3, 100)
@@ -229,7 +224,7 @@ async def test_a_wave_that_sent_nothing_has_no_delay(measurer: Measurer) -> None
 
 
 async def command(
-    pool: "asyncpg.Pool[Any]",
+    pool: Pool,
     n: int,
     *,
     old: str | None = None,
@@ -283,7 +278,7 @@ async def command(
     ],
 )
 async def test_agreement_in_dry_run(
-    pool: "asyncpg.Pool[Any]", measurer: Measurer, old: str, new: str, agree: bool | None
+    pool: Pool, measurer: Measurer, old: str, new: str, agree: bool | None
 ) -> None:
     """The new side agrees when it would do what the old side did."""
     await command(pool, 1, old=old, new=new, new_mode="dry-run")
@@ -304,7 +299,7 @@ async def test_agreement_in_dry_run(
     ],
 )
 async def test_agreement_in_both(
-    pool: "asyncpg.Pool[Any]", measurer: Measurer, old: str, new: str, agree: bool, twice: int
+    pool: Pool, measurer: Measurer, old: str, new: str, agree: bool, twice: int
 ) -> None:
     """One path executes and the other is refused as its double; twice executed is counted."""
     await command(pool, 1, old=old, new=new)
@@ -315,15 +310,13 @@ async def test_agreement_in_both(
     assert (double.value, double.n) == (float(twice), 1)
 
 
-async def test_a_command_in_flight_is_not_judged_yet(pool: "asyncpg.Pool[Any]", measurer: Measurer) -> None:
+async def test_a_command_in_flight_is_not_judged_yet(pool: Pool, measurer: Measurer) -> None:
     await command(pool, 1, old="succeeded", new="sent", new_mode="dry-run", age_s=3.0)
     sample = await measure(measurer, "commands.agreement", wave("car-1"), DRY)
     assert (sample.value, sample.evidence["pending"]) == (None, 1)
 
 
-async def test_other_devices_probes_and_earlier_commands_do_not_count(
-    pool: "asyncpg.Pool[Any]", measurer: Measurer
-) -> None:
+async def test_other_devices_probes_and_earlier_commands_do_not_count(pool: Pool, measurer: Measurer) -> None:
     await command(pool, 1, old="succeeded", new="expired", device="car-9")
     await command(pool, 2, new="expired", name="fleetlift.probe")
     await command(pool, 3, old="succeeded", new="expired", age_s=70.0)
@@ -331,9 +324,7 @@ async def test_other_devices_probes_and_earlier_commands_do_not_count(
     assert (sample.value, sample.n) == (None, 0)
 
 
-async def test_latency_counts_commands_without_an_answer_as_slow(
-    pool: "asyncpg.Pool[Any]", measurer: Measurer
-) -> None:
+async def test_latency_counts_commands_without_an_answer_as_slow(pool: Pool, measurer: Measurer) -> None:
     """A side that loses commands does not look fast."""
     for n in range(8):
         await command(pool, n, old="succeeded", new="duplicate", took=(0.2, 0.1))
@@ -347,7 +338,7 @@ async def test_latency_counts_commands_without_an_answer_as_slow(
 
 
 async def test_on_the_last_rung_latency_is_compared_with_earlier_and_other_devices(
-    pool: "asyncpg.Pool[Any]", measurer: Measurer
+    pool: Pool, measurer: Measurer
 ) -> None:
     for n in range(6):
         await command(pool, n, new="succeeded", took=(0.0, 0.3))
@@ -363,9 +354,7 @@ async def test_on_the_last_rung_latency_is_compared_with_earlier_and_other_devic
 # -- the others --------------------------------------------------------------------------------------------
 
 
-async def test_a_device_that_comes_and_goes_is_flapping(
-    pool: "asyncpg.Pool[Any]", measurer: Measurer
-) -> None:
+async def test_a_device_that_comes_and_goes_is_flapping(pool: Pool, measurer: Measurer) -> None:
     for device, times in (("car-1", 4), ("car-2", 2), ("car-9", 9)):
         for n in range(times):
             await pool.execute(
@@ -393,7 +382,7 @@ async def test_a_device_that_comes_and_goes_is_flapping(
     ],
 )
 async def test_a_free_query_gives_one_number_and_changes_nothing(
-    pool: "asyncpg.Pool[Any]", measurer: Measurer, query: str, value: float | None
+    pool: Pool, measurer: Measurer, query: str, value: float | None
 ) -> None:
     """Read-only and short; whatever else it returns is no data."""
     gate = parse_query_gate(Source.SQL, query, "<= 5")

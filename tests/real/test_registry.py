@@ -3,7 +3,6 @@
 import time
 from typing import Any
 
-import asyncpg
 import pytest
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes
@@ -14,6 +13,7 @@ from fleetlift.backend import passwords, registry, tokens
 from fleetlift.backend.registry import Credential, NewDevice
 from fleetlift.core.errors import BadInput, Conflict, FleetError, NotFound
 from fleetlift.store import devices as store
+from fleetlift.store.pool import Pool
 
 
 def device(name: str = "d1", **what: Any) -> NewDevice:
@@ -46,7 +46,7 @@ def certificate() -> str:
 
 
 @pytest.fixture
-async def conn(pool: "asyncpg.Pool[Any]") -> Any:
+async def conn(pool: Pool) -> Any:
     async with pool.acquire() as connection:
         await registry.create_tenant(connection, "t", "Tenant")
         yield connection
@@ -184,7 +184,7 @@ async def test_ten_thousand_devices_with_secrets_of_ours_are_registered_in_secon
     assert not passwords.verify(stored.value, given[0].value + "x")
 
 
-async def test_tokens_tell_who_calls_until_they_are_revoked(pool: "asyncpg.Pool[Any]", conn: Any) -> None:
+async def test_tokens_tell_who_calls_until_they_are_revoked(pool: Pool, conn: Any) -> None:
     """A token names its role and tenant; a wrong, altered or revoked one names nobody."""
     token, text = await tokens.create_token(conn, "ci", "operator", "t")
     verifier = tokens.TokenVerifier(pool)
@@ -203,9 +203,7 @@ async def test_tokens_tell_who_calls_until_they_are_revoked(pool: "asyncpg.Pool[
     assert not tokens.Role.VIEWER.includes(tokens.Role.OPERATOR)
 
 
-async def test_a_token_made_before_the_database_is_registered_later(
-    pool: "asyncpg.Pool[Any]", conn: Any
-) -> None:
+async def test_a_token_made_before_the_database_is_registered_later(pool: Pool, conn: Any) -> None:
     text = tokens.new_token_text()
     for _ in range(2):
         await tokens.register_token(conn, text, "admin", "admin")

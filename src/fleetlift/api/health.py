@@ -16,10 +16,11 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.exposition import CONTENT_TYPE_LATEST
 
 from fleetlift.api.auth import OPEN, VIEWER
-from fleetlift.api.wire import Call, Pool, Services, services
+from fleetlift.api.wire import Call, Services, services
 from fleetlift.backend import alive
 from fleetlift.log import get_logger
 from fleetlift.store import telemetry as telemetry_store
+from fleetlift.store.pool import Pool
 
 log = get_logger(__name__)
 

@@ -33,8 +33,9 @@ from fleetlift.migrate import check, controller, report, status
 from fleetlift.migrate.check import PlanCheck
 from fleetlift.migrate.planfile import parse_plan
 from fleetlift.store import engine as store
-from fleetlift.store.engine import AuditRow, Conn, StoredMigration
+from fleetlift.store.engine import AuditRow, StoredMigration
 from fleetlift.store.paging import from_cursor, to_cursor
+from fleetlift.store.pool import Conn
 
 PLAN_CHARS_MAX = 256 * 1024
 STREAMS_MAX = 100

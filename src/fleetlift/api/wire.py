@@ -2,9 +2,8 @@
 
 from collections.abc import Callable
 from datetime import UTC, datetime
-from typing import Annotated, Any, Generic, TypeAlias, TypeVar
+from typing import Annotated, Generic, TypeVar
 
-import asyncpg
 import msgspec
 from litestar import Request
 from litestar.datastructures import State
@@ -14,12 +13,12 @@ from fleetlift.backend.context import Context
 from fleetlift.backend.tokens import Principal, TokenVerifier
 from fleetlift.core.errors import BadInput
 from fleetlift.store.paging import DEFAULT_LIMIT, MAX_LIMIT, Page
+from fleetlift.store.pool import Pool
 
 T = TypeVar("T")
 S = TypeVar("S")
 
 Call = Request[Principal, None, State]
-Pool: TypeAlias = "asyncpg.Pool[Any]"
 
 Limit = Annotated[
     int,

@@ -17,7 +17,7 @@ import asyncpg
 import msgspec
 
 from fleetlift.backend.context import Context
-from fleetlift.backend.follow import Conn, Message, Then, follow, until_stopped
+from fleetlift.backend.follow import Message, Then, follow, until_stopped
 from fleetlift.backend.shadows import Services
 from fleetlift.core.command import (
     EXPIRES_IN_S_DEFAULT,
@@ -44,7 +44,7 @@ from fleetlift.core.jsonvalue import JsonObject
 from fleetlift.log import get_logger
 from fleetlift.store import commands as store
 from fleetlift.store.paging import DEFAULT_LIMIT, Page
-from fleetlift.store.pool import sole_owner
+from fleetlift.store.pool import Conn, sole_owner
 
 log = get_logger(__name__)
 

@@ -3,20 +3,13 @@
 import asyncio
 import contextlib
 from collections.abc import AsyncIterator
-from typing import TYPE_CHECKING, Any
 
-import asyncpg
 from nats.aio.client import Client
 
 from fleetlift.bus.connect import connected
 from fleetlift.bus.publish import Publisher
 from fleetlift.config import Settings
-from fleetlift.store.pool import open_pool
-
-if TYPE_CHECKING:
-    Pool = asyncpg.Pool[Any]
-else:
-    Pool = asyncpg.Pool
+from fleetlift.store.pool import Pool, open_pool
 
 
 class Context:

@@ -9,7 +9,7 @@ import asyncio
 import contextlib
 from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
-from typing import Any, TypeAlias
+from typing import Any
 
 import asyncpg
 import msgspec
@@ -20,11 +20,10 @@ from fleetlift.bus.log import LogBatch, LogPosition, read
 from fleetlift.core.errors import Conflict
 from fleetlift.log import get_logger
 from fleetlift.store import positions
-from fleetlift.store.pool import sole_owner
+from fleetlift.store.pool import Conn, sole_owner
 
 log = get_logger(__name__)
 
-Conn: TypeAlias = "asyncpg.Connection[Any] | asyncpg.pool.PoolConnectionProxy[Any]"
 
 GROUP_MAX = 2000  # messages in one transaction
 LIVE_MAX = 20_000  # QoS 0 messages that may wait; beyond that they are dropped, as QoS 0 allows

@@ -8,9 +8,8 @@ device's own credentials leaves alone. Secrets are hashed before they reach the 
 import asyncio
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal
 
-import asyncpg
 import msgspec
 from cryptography import x509
 from cryptography.exceptions import UnsupportedAlgorithm
@@ -24,8 +23,7 @@ from fleetlift.core.identity import checked_device_id, checked_tenant_id
 from fleetlift.store import devices as store
 from fleetlift.store.devices import Device, DeviceRow, StoredCredential, Tenant
 from fleetlift.store.paging import DEFAULT_LIMIT, Page
-
-Conn: TypeAlias = "asyncpg.Connection[Any] | asyncpg.pool.PoolConnectionProxy[Any]"
+from fleetlift.store.pool import Conn
 
 MAX_CREDENTIALS = 8
 MAX_SECRET_CHARS = 1024

@@ -13,8 +13,8 @@ from typing import Protocol
 import msgspec
 from nats.aio.client import Client
 
-from fleetlift.backend.context import Context, Pool
-from fleetlift.backend.follow import Conn, Message, Then, follow, until_stopped
+from fleetlift.backend.context import Context
+from fleetlift.backend.follow import Message, Then, follow, until_stopped
 from fleetlift.bus.publish import Publisher
 from fleetlift.bus.subjects import to_subject
 from fleetlift.config import Settings
@@ -42,6 +42,7 @@ from fleetlift.core.shadow import (
 from fleetlift.log import get_logger
 from fleetlift.store import shadows as store
 from fleetlift.store.paging import DEFAULT_LIMIT, Page
+from fleetlift.store.pool import Conn, Pool
 
 log = get_logger(__name__)
 

@@ -29,8 +29,8 @@ from fleetlift.log import get_logger
 from fleetlift.store import ledger, positions
 from fleetlift.store import telemetry as store
 from fleetlift.store.ledger import LedgerRow
-from fleetlift.store.pool import sole_owner
-from fleetlift.store.telemetry import WINDOW_S, Conn, WindowKey
+from fleetlift.store.pool import Conn, sole_owner
+from fleetlift.store.telemetry import WINDOW_S, WindowKey
 
 log = get_logger(__name__)
 

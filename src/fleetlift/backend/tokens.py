@@ -10,18 +10,15 @@ import time
 from collections import OrderedDict
 from enum import StrEnum
 from hashlib import sha256
-from typing import Any, TypeAlias
 
-import asyncpg
 import msgspec
 
 from fleetlift.core.errors import BadInput, NotFound
 from fleetlift.store import devices as device_store
 from fleetlift.store import tokens as store
 from fleetlift.store.paging import DEFAULT_LIMIT, Page
+from fleetlift.store.pool import Conn, Pool
 from fleetlift.store.tokens import TokenRow
-
-Conn: TypeAlias = "asyncpg.Connection[Any] | asyncpg.pool.PoolConnectionProxy[Any]"
 
 _TOKEN = re.compile(r"flt_([0-9a-f]{16})_([A-Za-z0-9_-]{43})")
 _CACHED_FOR_S = 5.0  # a revoked token works at most this much longer
@@ -97,7 +94,7 @@ async def list_tokens(
 class TokenVerifier:
     """Tells who a token belongs to, remembering good ones for a few seconds."""
 
-    def __init__(self, pool: "asyncpg.Pool[Any]") -> None:
+    def __init__(self, pool: Pool) -> None:
         self._pool = pool
         self._known: OrderedDict[bytes, tuple[float, Principal]] = OrderedDict()
 

@@ -28,6 +28,7 @@ from fleetlift.log import get_logger
 from fleetlift.store import devices as store
 from fleetlift.store import telemetry as counter_store
 from fleetlift.store.devices import StoredCredential
+from fleetlift.store.pool import Pool
 
 log = get_logger(__name__)
 
@@ -152,7 +153,7 @@ class _Worker:
 class Checker:
     """Checks a device's password against the registry."""
 
-    def __init__(self, pool: "asyncpg.Pool[asyncpg.Record]") -> None:
+    def __init__(self, pool: Pool) -> None:
         self._lookup = _Lookup(pool)
         self._threads = ThreadPoolExecutor(2, thread_name_prefix="hash")
         self._hashing = 0
@@ -226,7 +227,7 @@ class Checker:
 class _Lookup:
     """Reads credentials, all that are asked for during one query with the next."""
 
-    def __init__(self, pool: "asyncpg.Pool[asyncpg.Record]") -> None:
+    def __init__(self, pool: Pool) -> None:
         self._pool = pool
         self._waiting: dict[str, asyncio.Future[list[StoredCredential] | None]] = {}
         self._busy: asyncio.Task[None] | None = None

@@ -40,6 +40,7 @@ from fleetlift.sides.base import (
 )
 from fleetlift.store import commands as command_store
 from fleetlift.store import telemetry as telemetry_store
+from fleetlift.store.pool import Pool
 
 log = get_logger(__name__)
 
@@ -78,7 +79,7 @@ class Bridge:
         old: Side,
         *,
         key: str,
-        pool: "asyncpg.Pool[Any]",
+        pool: Pool,
         publisher: Publisher,
         begin_at: str = "",
     ) -> None:

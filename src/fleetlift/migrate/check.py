@@ -3,7 +3,6 @@
 import asyncio
 from collections.abc import Sequence
 from enum import StrEnum
-from typing import Any
 
 import asyncpg
 import msgspec
@@ -20,6 +19,7 @@ from fleetlift.migrate.controller import read_inventory, selected
 from fleetlift.migrate.measure import number, prometheus
 from fleetlift.migrate.planfile import parse_plan
 from fleetlift.store import engine as store
+from fleetlift.store.pool import Pool
 
 SHOWN_MAX = 1000  # devices named in one list of the answer
 QUERY_S = 3.0
@@ -85,7 +85,7 @@ class PlanCheck(msgspec.Struct, frozen=True, kw_only=True):
     findings: tuple[Finding, ...]
 
 
-async def check_plan(engine: "asyncpg.Pool[Any]", backend: "asyncpg.Pool[Any]", plan_text: str) -> PlanCheck:
+async def check_plan(engine: Pool, backend: Pool, plan_text: str) -> PlanCheck:
     """Read the fleet from the old side and lay the plan over it. Raises BadInput for the plan's own mistakes.
 
     A side that does not answer is a finding, not an error: the rest of the plan is shown all the same.
@@ -207,9 +207,7 @@ def fleet_findings(
     return found
 
 
-async def _engine_findings(
-    engine: "asyncpg.Pool[Any]", plan: Plan, fleet: Sequence[FleetDevice]
-) -> list[Finding]:
+async def _engine_findings(engine: Pool, plan: Plan, fleet: Sequence[FleetDevice]) -> list[Finding]:
     found = []
     async with engine.acquire() as conn:
         phase = await conn.fetchval("SELECT phase FROM engine.migration WHERE name = $1", plan.name)
@@ -236,7 +234,7 @@ async def _engine_findings(
     return found
 
 
-async def _gate_findings(backend: "asyncpg.Pool[Any]", plan: Plan) -> list[Finding]:
+async def _gate_findings(backend: Pool, plan: Plan) -> list[Finding]:
     """Gates that would have no data: a gate without data never lets a wave advance."""
     found = []
     gates = gates_of(plan)
@@ -266,7 +264,7 @@ async def _gate_findings(backend: "asyncpg.Pool[Any]", plan: Plan) -> list[Findi
     return found
 
 
-async def _unreadable(backend: "asyncpg.Pool[Any]", gate: Gate) -> str | None:
+async def _unreadable(backend: Pool, gate: Gate) -> str | None:
     """Why a free query gives no figure now; None when it does."""
     try:
         async with asyncio.timeout(QUERY_S + 1):

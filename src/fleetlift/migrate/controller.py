@@ -53,7 +53,7 @@ from fleetlift.sides.fleetlift import FleetliftSide, endpoint_of, engine_key
 from fleetlift.sides.open import connect_side
 from fleetlift.store import engine as store
 from fleetlift.store.engine import StoredMigration
-from fleetlift.store.pool import open_pool, sole_owner
+from fleetlift.store.pool import Pool, open_pool, sole_owner
 
 log = get_logger(__name__)
 
@@ -95,7 +95,7 @@ class KillSwitch:
 
 
 @contextlib.asynccontextmanager
-async def engine_pool(ctx: Context) -> AsyncIterator["asyncpg.Pool[Any]"]:
+async def engine_pool(ctx: Context) -> AsyncIterator[Pool]:
     """Connections to the engine's database: those of the backend, when it is the same one."""
     settings = ctx.settings
     if settings.engine_url == settings.database_url:
@@ -133,7 +133,7 @@ async def read_inventory(plan: Plan) -> tuple[FleetDevice, ...]:
 
 
 async def start_migration(
-    engine: "asyncpg.Pool[Any]",
+    engine: Pool,
     plan_text: str,
     *,
     actor: str,
@@ -179,7 +179,7 @@ async def start_migration(
 
 
 async def request(
-    engine: "asyncpg.Pool[Any]",
+    engine: Pool,
     name: str,
     kind: RequestKind,
     args: Mapping[str, Any] | None = None,
@@ -221,7 +221,7 @@ async def run(ctx: Context) -> None:
             await asyncio.gather(work, stop, return_exceptions=True)
 
 
-async def _lead_forever(ctx: Context, engine: "asyncpg.Pool[Any]", switch: KillSwitch) -> None:
+async def _lead_forever(ctx: Context, engine: Pool, switch: KillSwitch) -> None:
     while True:
         try:
             async with sole_owner(ctx.settings.engine_url, LEADER) as lock:
@@ -235,7 +235,7 @@ async def _lead_forever(ctx: Context, engine: "asyncpg.Pool[Any]", switch: KillS
 class Controller:
     """Runs every migration that is not released, and a bridge for each old side that they name."""
 
-    def __init__(self, ctx: Context, engine: "asyncpg.Pool[Any]", switch: KillSwitch) -> None:
+    def __init__(self, ctx: Context, engine: Pool, switch: KillSwitch) -> None:
         self._ctx = ctx
         self._engine = engine
         self._switch = switch
@@ -363,8 +363,8 @@ class Runner:
         *,
         bridge: Bridge,
         new: FleetliftSide,
-        backend: "asyncpg.Pool[Any]",
-        engine: "asyncpg.Pool[Any]",
+        backend: Pool,
+        engine: Pool,
         switch: KillSwitch,
     ) -> None:
         self.name = stored.name

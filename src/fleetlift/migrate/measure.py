@@ -35,7 +35,7 @@ from fleetlift.core.orders import (
 from fleetlift.core.plan import Rung
 from fleetlift.core.telemetry import MQTT_PATH
 from fleetlift.log import get_logger
-from fleetlift.store.engine import Conn
+from fleetlift.store.pool import Conn, Pool
 
 log = get_logger(__name__)
 
@@ -109,8 +109,8 @@ class Measurer:
         self,
         name: str,
         *,
-        backend: "asyncpg.Pool[Any]",
-        engine: "asyncpg.Pool[Any]",
+        backend: Pool,
+        engine: Pool,
         old_path: str,
         monotonic: Callable[[], float] = time.monotonic,
     ) -> None:

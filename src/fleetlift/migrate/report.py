@@ -9,7 +9,6 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-import asyncpg
 import msgspec
 
 from fleetlift.core.errors import NotFound
@@ -18,6 +17,7 @@ from fleetlift.core.plan import ladder
 from fleetlift.core.timeline import TimelinePoint
 from fleetlift.migrate.planfile import parse_plan
 from fleetlift.migrate.plots import Mark, Series, bands, clock_label, lines, value_label
+from fleetlift.store.pool import Pool
 
 
 class AuditLine(msgspec.Struct, frozen=True, kw_only=True):
@@ -342,14 +342,12 @@ LEDGER_BY_PATH = (
 )
 
 
-async def report_html(engine: asyncpg.Pool, backend: asyncpg.Pool, name: str) -> str:
+async def report_html(engine: Pool, backend: Pool, name: str) -> str:
     """The report of migration `name` as it stands now. Raises NotFound."""
     return render(await read_report(engine, backend, name))
 
 
-async def read_report(
-    engine: asyncpg.Pool, backend: asyncpg.Pool, name: str, figures: Sequence[Figure] = ()
-) -> ReportData:
+async def read_report(engine: Pool, backend: Pool, name: str, figures: Sequence[Figure] = ()) -> ReportData:
     """The facts of a report: the engine's records, and the ledger of the migration's devices."""
     row = await engine.fetchrow("SELECT * FROM engine.migration WHERE name = $1", name)
     if row is None:

@@ -2,9 +2,6 @@
 
 from collections.abc import Sequence
 from statistics import median
-from typing import Any
-
-import asyncpg
 
 from fleetlift.core.migration import MemberState, MigrationState, Phase, WavePhase
 from fleetlift.core.orders import CommandsFlag, Flags, TelemetryFlag
@@ -22,6 +19,7 @@ from fleetlift.core.waves import approved
 from fleetlift.migrate.planfile import parse_plan
 from fleetlift.store import engine as store
 from fleetlift.store.engine import MemberCount
+from fleetlift.store.pool import Pool
 
 EVENTS = 12
 STRAGGLERS = 20
@@ -32,7 +30,7 @@ _OVER = (Phase.FINISHED, Phase.REVERTED, Phase.RELEASED)
 _GOING_BACK = (Phase.REVERTING, Phase.REVERTED)
 
 
-async def read_status(engine: "asyncpg.Pool[Any]", name: str, *, now: float) -> MigrationStatus:
+async def read_status(engine: Pool, name: str, *, now: float) -> MigrationStatus:
     """The status of one migration. Raises NotFound when there is none of that name."""
     async with engine.acquire() as conn, conn.transaction(isolation="repeatable_read", readonly=True):
         stored = await store.head(conn, name)

@@ -5,7 +5,6 @@ answers of both paths, the senders and the sweeper can work at the same time, fr
 """
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from typing import Any, TypeAlias
 from uuid import UUID
 
 import asyncpg
@@ -30,8 +29,7 @@ from fleetlift.core.errors import BadInput, NotFound
 from fleetlift.core.jsonvalue import JsonObject
 from fleetlift.core.orders import CommandsFlag
 from fleetlift.store.paging import DEFAULT_LIMIT, Page, checked_limit, from_cursor, to_cursor
-
-Conn: TypeAlias = "asyncpg.Connection[Any] | asyncpg.pool.PoolConnectionProxy[Any]"
+from fleetlift.store.pool import Conn
 
 _COMMAND = """c.id::text AS id, c.device, c.tenant, c.name, c.params::text AS params, c.mode, c.status,
     c.created_by, extract(epoch FROM c.created_at)::float8 AS created_at,

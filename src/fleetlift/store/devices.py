@@ -5,15 +5,14 @@ travels as text.
 """
 
 from collections.abc import AsyncIterator, Mapping, Sequence
-from typing import Any, TypeAlias
+from typing import Any
 
 import asyncpg
 import msgspec
 
 from fleetlift.core import where as conditions
 from fleetlift.store.paging import DEFAULT_LIMIT, MAX_LIMIT, Page, checked_limit, from_cursor, to_cursor
-
-Conn: TypeAlias = "asyncpg.Connection[Any] | asyncpg.pool.PoolConnectionProxy[Any]"
+from fleetlift.store.pool import Conn
 
 # Told by NOTIFY, with a JSON list of device ids: credentials these devices may be connected with are gone.
 REVOKED_CHANNEL = "device_revoked"

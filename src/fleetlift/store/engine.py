@@ -6,7 +6,7 @@ Every function takes a connection to the engine's database and leaves transactio
 
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
-from typing import Any, TypeAlias
+from typing import Any
 
 import asyncpg
 import msgspec
@@ -23,8 +23,7 @@ from fleetlift.core.migration import (
     RequestKind,
 )
 from fleetlift.core.timeline import TimelinePoint
-
-Conn: TypeAlias = "asyncpg.Connection[Any] | asyncpg.pool.PoolConnectionProxy[Any]"
+from fleetlift.store.pool import Conn
 
 # Told by NOTIFY when a person asked for something; the controller need not wait for its next round.
 REQUEST_CHANNEL = "engine_request"

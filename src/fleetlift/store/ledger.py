@@ -4,14 +4,12 @@ Every function takes a connection and leaves transactions to its caller. Times a
 """
 
 from collections.abc import Sequence
-from typing import Any, TypeAlias
 
 import asyncpg
 import msgspec
 
 from fleetlift.core.ranges import RangeSet
-
-Conn: TypeAlias = "asyncpg.Connection[Any] | asyncpg.pool.PoolConnectionProxy[Any]"
+from fleetlift.store.pool import Conn
 
 
 class LedgerRow(msgspec.Struct, kw_only=True):

@@ -4,7 +4,7 @@ import asyncio
 import contextlib
 import hashlib
 from collections.abc import AsyncIterator
-from typing import Any
+from typing import Any, TypeAlias
 
 import asyncpg
 
@@ -12,6 +12,10 @@ from fleetlift.core.errors import Unavailable
 from fleetlift.log import get_logger
 
 log = get_logger(__name__)
+
+Pool: TypeAlias = "asyncpg.Pool[Any]"
+Conn: TypeAlias = "asyncpg.Connection[Any] | asyncpg.pool.PoolConnectionProxy[Any]"
+"""A connection, one's own or lent by a pool."""
 
 CONNECT_ERRORS = (
     OSError,
@@ -22,9 +26,7 @@ CONNECT_ERRORS = (
 
 
 @contextlib.asynccontextmanager
-async def open_pool(
-    url: str, *, name: str, size: int = 10, wait_s: float = 30.0
-) -> AsyncIterator["asyncpg.Pool[Any]"]:
+async def open_pool(url: str, *, name: str, size: int = 10, wait_s: float = 30.0) -> AsyncIterator[Pool]:
     """A pool on `url`, closed at the end. Waits up to `wait_s` for a server that is starting.
 
     Columns of type json and jsonb are their text, as asyncpg has it (COPY needs it so).

@@ -1,23 +1,19 @@
 """Where each reader of the log stands. Moved in the transaction that stores what was read."""
 
 from datetime import datetime
-from typing import Any
-
-import asyncpg
 
 from fleetlift.core.errors import Conflict
+from fleetlift.store.pool import Conn
 
 
-async def load(
-    connection: "asyncpg.pool.PoolConnectionProxy[Any] | asyncpg.Connection[Any]", reader: str
-) -> tuple[datetime, int] | None:
+async def load(connection: Conn, reader: str) -> tuple[datetime, int] | None:
     """(creation time of the stream, last sequence stored), or None when the reader is new."""
     row = await connection.fetchrow("SELECT stream_created, seq FROM log_position WHERE reader = $1", reader)
     return None if row is None else (row["stream_created"], row["seq"])
 
 
 async def advance(
-    connection: "asyncpg.pool.PoolConnectionProxy[Any] | asyncpg.Connection[Any]",
+    connection: Conn,
     reader: str,
     *,
     before: tuple[datetime, int] | None,

@@ -4,14 +4,11 @@ Every function takes a connection and leaves transactions to its caller. Times a
 """
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, TypeAlias
 
-import asyncpg
 import msgspec
 
 from fleetlift.store.paging import DEFAULT_LIMIT, Page, checked_limit, from_cursor, to_cursor
-
-Conn: TypeAlias = "asyncpg.Connection[Any] | asyncpg.pool.PoolConnectionProxy[Any]"
+from fleetlift.store.pool import Conn
 
 
 class Presence(msgspec.Struct, frozen=True, kw_only=True):

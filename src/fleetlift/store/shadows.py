@@ -5,7 +5,6 @@ API and a migration's orders can write at the same time, from different processe
 """
 
 from collections.abc import Collection, Mapping, Sequence
-from typing import Any, TypeAlias
 
 import asyncpg
 import msgspec
@@ -13,8 +12,7 @@ import msgspec
 from fleetlift.core.jsonvalue import JsonObject
 from fleetlift.core.shadow import Shadow, ShadowKey
 from fleetlift.store.paging import DEFAULT_LIMIT, Page, checked_limit, from_cursor, to_cursor
-
-Conn: TypeAlias = "asyncpg.Connection[Any] | asyncpg.pool.PoolConnectionProxy[Any]"
+from fleetlift.store.pool import Conn
 
 _COLUMNS = """s.device, s.name, s.version, s.desired, s.reported, s.desired_meta, s.reported_meta,
     extract(epoch FROM s.updated_at)::float8 AS updated_at,

@@ -5,7 +5,7 @@ Every function takes a connection and leaves transactions to its caller. Times a
 
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, date, datetime, timedelta
-from typing import Any, TypeAlias
+from typing import Any
 
 import asyncpg
 import msgspec
@@ -13,8 +13,7 @@ import msgspec
 from fleetlift.core.delays import merge
 from fleetlift.core.telemetry import DeadLetter, Telemetry
 from fleetlift.store.paging import DEFAULT_LIMIT, Page, checked_limit, from_cursor, to_cursor
-
-Conn: TypeAlias = "asyncpg.Connection[Any] | asyncpg.pool.PoolConnectionProxy[Any]"
+from fleetlift.store.pool import Conn
 
 WINDOW_S = 10  # width of a receipt window
 

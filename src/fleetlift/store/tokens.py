@@ -1,13 +1,9 @@
 """Queries of API tokens. Only a hash of a token's secret half is stored."""
 
-from typing import Any, TypeAlias
-
-import asyncpg
 import msgspec
 
 from fleetlift.store.paging import DEFAULT_LIMIT, Page, checked_limit, from_cursor, to_cursor
-
-Conn: TypeAlias = "asyncpg.Connection[Any] | asyncpg.pool.PoolConnectionProxy[Any]"
+from fleetlift.store.pool import Conn
 
 
 class TokenRow(msgspec.Struct, frozen=True, kw_only=True):
