@@ -5,6 +5,7 @@ A measurement is of the open wave: the devices that it raised, since they have m
 evidence it was computed from; what cannot be measured has no value, and a gate never passes on that.
 """
 
+import asyncio
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -44,6 +45,8 @@ OLD_COMMANDS_SPAN_S = 3600.0
 FLAP_SPAN_S = 300.0
 FLAP_CONNECTS = 3
 QUERY_TIMEOUT_S = 3.0
+GATE_ROLE = "fleetlift_gates"  # made by store/migrations/0004_gate_role.sql
+PROMETHEUS_BYTES_MAX = 1024 * 1024
 EXAMPLES = 10
 _QUANTILES = {"p50": 0.5, "p95": 0.95, "p99": 0.99}
 
@@ -232,7 +235,7 @@ class Measurer:
                     if gate.metric not in OWN_METRICS:
                         samples[gate.text] = found.get(gate.metric, Sample(value=None))
                 case Source.SQL:
-                    samples[gate.text] = await self._sql(gate.query)
+                    samples[gate.text] = await free_sql(self._backend, gate.query)
                 case Source.PROMETHEUS:
                     samples[gate.text] = await prometheus(gate.url, gate.query)
         return samples
@@ -459,20 +462,6 @@ class Measurer:
             )
         }
 
-    # -- free queries ------------------------------------------------------------------------------------
-
-    async def _sql(self, query: str) -> Sample:
-        """The one number that `query` returns, read-only and within a few seconds."""
-        try:
-            async with self._backend.acquire() as conn, conn.transaction(readonly=True):
-                await conn.execute(f"SET LOCAL statement_timeout = {int(QUERY_TIMEOUT_S * 1000)}")
-                rows = await conn.fetch(f"SELECT * FROM ({query.rstrip().rstrip(';')}) gate LIMIT 2")
-        except (OSError, TimeoutError, asyncpg.PostgresError, asyncpg.InterfaceError) as error:
-            return Sample(value=None, evidence=_summary(f"the query failed: {str(error)[:200]}"))
-        if len(rows) != 1 or len(rows[0]) != 1:
-            return Sample(value=None, evidence=_summary("the query must return one row with one number"))
-        return number(rows[0][0])
-
     # -- for the timeline --------------------------------------------------------------------------------
 
     async def rates(self, devices: Sequence[str], now: float) -> tuple[float | None, float | None]:
@@ -528,6 +517,56 @@ def number(value: object) -> Sample:
         return Sample(value=None, evidence=_summary("the query returned no number"))
 
 
+async def free_sql(pool: Pool, query: str) -> Sample:
+    """The one number that `query` returns, within a few seconds; no value when it returns anything else.
+
+    It is read-only and runs as `GATE_ROLE`, which may read what gates are about and no credential, and cannot
+    become its owner again: one statement, and none of the functions that would change the role.
+    """
+    try:
+        async with (
+            asyncio.timeout(QUERY_TIMEOUT_S + 1),
+            pool.acquire() as conn,
+            conn.transaction(readonly=True),
+        ):
+            if not await conn.fetchval(_GATE_ROLE_IS_SAFE, GATE_ROLE):
+                return Sample(
+                    value=None,
+                    evidence=_summary(
+                        f"this database has no safe role {GATE_ROLE} for free queries: docs/engines.md says "
+                        "how its administrator makes one"
+                    ),
+                )
+            await conn.execute(
+                f"SET LOCAL statement_timeout = {int(QUERY_TIMEOUT_S * 1000)}; SET LOCAL ROLE {GATE_ROLE}"
+            )
+            rows = await conn.fetch(f"SELECT * FROM (\n{query.rstrip().rstrip(';')}\n) gate LIMIT 2")
+    except (OSError, TimeoutError, asyncpg.PostgresError, asyncpg.InterfaceError) as error:
+        return Sample(value=None, evidence=_summary(f"the query failed: {_why(error)}"))
+    if len(rows) != 1 or len(rows[0]) != 1:
+        return Sample(value=None, evidence=_summary("the query must return one row with one number"))
+    return number(rows[0][0])
+
+
+def _why(error: Exception) -> str:
+    """What may be told to whoever reads the evidence: the server's words only where they quote no row."""
+    text = str(error)[:200]
+    state = getattr(error, "sqlstate", None) or ""
+    return text if text and state[:2] in ("42", "57") else type(error).__name__
+
+
+# A gate's query must not be able to leave the role, nor be the owner by membership.
+_GATE_ROLE_IS_SAFE = """
+SELECT NOT rolsuper
+    AND NOT has_function_privilege(oid, 'pg_catalog.set_config(text, text, boolean)', 'EXECUTE')
+    AND NOT has_function_privilege(oid, 'pg_catalog.pg_notify(text, text)', 'EXECUTE')
+    AND NOT has_table_privilege(oid, 'device_credential', 'SELECT')
+    AND NOT has_table_privilege(oid, 'api_token', 'SELECT')
+    AND pg_has_role(session_user, oid, 'SET')
+FROM pg_roles WHERE rolname = $1
+"""
+
+
 class _PrometheusData(msgspec.Struct, frozen=True):
     result: msgspec.Raw
     resultType: str = ""  # noqa: N815 (the name in Prometheus's answer)
@@ -564,11 +603,19 @@ def read_prometheus(body: bytes) -> Sample:
 async def prometheus(url: str, query: str) -> Sample:
     """Ask a Prometheus server; no value when it does not answer with one number in time."""
     try:
-        async with httpx.AsyncClient(timeout=QUERY_TIMEOUT_S, trust_env=False) as client:
-            answer = await client.get(f"{url.rstrip('/')}/api/v1/query", params={"query": query})
+        async with (
+            asyncio.timeout(QUERY_TIMEOUT_S),
+            httpx.AsyncClient(timeout=QUERY_TIMEOUT_S, trust_env=False) as client,
+            client.stream("GET", f"{url.rstrip('/')}/api/v1/query", params={"query": query}) as answer,
+        ):
+            body = b""
+            async for part in answer.aiter_bytes(64 * 1024):
+                body += part
+                if len(body) > PROMETHEUS_BYTES_MAX:
+                    return Sample(value=None, evidence=_summary("the answer of Prometheus is too long"))
     except (httpx.HTTPError, httpx.InvalidURL, OSError) as error:
         return Sample(value=None, evidence=_summary(f"Prometheus did not answer: {type(error).__name__}"))
-    return read_prometheus(answer.content[: 1024 * 1024])
+    return read_prometheus(body)
 
 
 async def _delay_counts(
