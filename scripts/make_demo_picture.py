@@ -1,6 +1,6 @@
 """Draws the picture of the README from the state of a migration.
 
-  fleetlift migrate status --json --data build/demo/fleetlift | python scripts/make_demo_picture.py docs/demo.svg
+fleetlift migrate status --json --data DIR | python scripts/make_demo_picture.py docs/demo.svg
 """
 
 import io
