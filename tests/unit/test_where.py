@@ -1,5 +1,7 @@
 """The expression that selects devices: what it selects, and what it says when it is written wrongly."""
 
+import time
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -144,3 +146,31 @@ def test_numbers_order_as_numbers(a: int, b: int) -> None:
     record: dict[str, object] = {"attributes": {"a": a}}
     assert evaluate(parse(f"attributes.a < {b}"), record) == (a < b)
     assert evaluate(parse(f"attributes.a == {b}"), record) == (a == b)
+
+
+def test_no_pattern_takes_long_on_any_document() -> None:
+    """A viewer writes the pattern, a device the text; one process answers everybody."""
+    text = "a" * 64_000
+    patterns = [f"*{'a' * 3000}b", f"*{'a' * 2000}b{'a' * 1000}*", f"{'a*' * 1500}b*", f"*{'ab' * 1500}*"]
+    started = time.perf_counter()
+    for pattern in patterns:
+        assert not evaluate(parse(f'attributes.x like "{pattern}"'), {"attributes": {"x": text}})
+    assert time.perf_counter() - started < 1.0
+
+
+@pytest.mark.parametrize(
+    ("pattern", "text", "matches"),
+    [
+        ("a*a", "a", False),
+        ("a*a", "aa", True),
+        ("*", "", True),
+        ("**b", "ab", True),
+        ("a*b*c", "abxbc", True),
+        ("a*bc*c", "abc", False),
+        ("*ab", "aab", True),
+        ("ab", "abc", False),
+        ("", "", True),
+    ],
+)
+def test_stars_stand_for_any_text(pattern: str, text: str, matches: bool) -> None:
+    assert evaluate(parse(f'id like "{pattern}"'), {"id": text}) is matches
