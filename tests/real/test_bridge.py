@@ -170,17 +170,23 @@ async def test_the_position_is_noted_only_for_what_the_log_holds(
         async def sign_in_noted() -> bool:
             return await bridge.position() != ""
 
+        async def current() -> bool:
+            return bridge.feed_behind(5.0) == ""
+
         await until(sign_in_noted)
+        await until(current)
         held = await bridge.position()
         one.telemetry(0, 100)
         await asyncio.sleep(0.5)
         assert await bridge.position() == held
+        assert "not being followed" in bridge.feed_behind(5.0)
         refuse = False
 
         async def all_there() -> bool:
             return await distinct(ctx) == 100
 
         await until(all_there)
+        await until(current)
         assert await bridge.position() != held
 
 

@@ -122,6 +122,14 @@ async def test_what_a_device_says_by_the_new_side_is_the_evidence(ctx: Context, 
     assert "car-2" not in seen
 
 
+async def test_the_end_of_the_log_is_told(ctx: Context, side: FleetliftSide) -> None:
+    """What gates hold the readers' positions against."""
+    created, before = await side.log_end()
+    last = await ctx.publisher.to_log("dt/car-0/position", b"{}")
+    assert await side.log_end() == (created, last)
+    assert last > before
+
+
 async def test_a_device_of_another_tenant_is_left_alone(ctx: Context, side: FleetliftSide) -> None:
     """It is named, keeps its tenant and gets no route of this migration."""
     other = FleetliftSide(ctx, tenant="rental", key=KEY)

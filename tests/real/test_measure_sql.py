@@ -1,6 +1,7 @@
 """Gates' measurements on rows as the backend writes them."""
 
 import time
+from datetime import UTC, datetime
 
 import pytest
 
@@ -172,6 +173,64 @@ async def test_what_a_device_left_out_while_it_was_away_is_not_missing(
     for fresh in (measurer, Measurer("move", backend=pool, engine=pool, old_path="legacy")):
         sample = await measure(fresh, "telemetry.completeness", wave("car-1"), TELEMETRY)
         assert (sample.n, sample.evidence["missing"]) == (100, 10)
+
+
+async def test_figures_of_a_reader_that_has_fallen_behind_are_no_data(pool: Pool, measurer: Measurer) -> None:
+    """A telemetry reader that stands still leaves an account of the past: no gate passes on it."""
+    created = datetime.fromtimestamp(OPENED, UTC)
+    end = 1000
+
+    async def log_end() -> tuple[datetime, int]:
+        return created, end
+
+    async def reader_at(seq: int) -> None:
+        await pool.execute(
+            "INSERT INTO log_position (reader, stream_created, seq) VALUES ('ledger', $1, $2) "
+            "ON CONFLICT (reader) DO UPDATE SET seq = excluded.seq",
+            created,
+            seq,
+        )
+
+    fresh = Measurer("move", backend=pool, engine=pool, old_path="legacy", log_end=log_end)
+    await fresh.note_baselines({"car-1": 5})
+    await ledger(pool, "car-1", "legacy", "{[0,200)}")
+    await ledger(pool, "car-1", "mqtt", "{[100,200)}")
+    await delays(pool, "car-1", "mqtt", 0.2, 100)
+
+    async def value(metric: str, at: float) -> float | None:
+        fresh._cached = None
+        return (await measure(fresh, metric, wave("car-1"), TELEMETRY, at)).value
+
+    assert await value("telemetry.completeness", NOW) is None  # no reader has ever stored where it stands
+    await reader_at(1000)
+    assert await value("telemetry.completeness", NOW + 1) == 100.0
+    end = 1400
+    for second in range(2, 5):  # within the grace
+        assert await value("telemetry.completeness", NOW + second) == 100.0
+    for second in range(5, 9):
+        await value("telemetry.completeness", NOW + second)
+    assert await value("telemetry.completeness", NOW + 9) is None
+    assert await value("telemetry.delay.p99", NOW + 9) is None
+    await reader_at(1400)
+    assert await value("telemetry.completeness", NOW + 10) == 100.0
+    assert await value("telemetry.delay.p99", NOW + 10) is not None
+    # After a pause nothing is known of what came meanwhile: only a reader at the very end will do.
+    end = 1500
+    assert await value("telemetry.completeness", NOW + 60) is None
+
+
+async def test_a_feed_that_is_behind_leaves_completeness_without_data(pool: Pool, measurer: Measurer) -> None:
+    """While a device sends by both, what the old side has is half of the comparison."""
+    behind = Measurer(
+        "move", backend=pool, engine=pool, old_path="legacy", feed_behind=lambda within_s: "the feed is away"
+    )
+    await behind.note_baselines({"car-1": 5})
+    await ledger(pool, "car-1", "legacy", "{[0,200)}")
+    await ledger(pool, "car-1", "mqtt", "{[100,200)}")
+    sample = await measure(behind, "telemetry.completeness", wave("car-1"), TELEMETRY)
+    assert (sample.value, sample.evidence["summary"]) == (None, "the feed is away")
+    alone = Flags(telemetry=TelemetryFlag.NEW)
+    assert (await measure(behind, "telemetry.completeness", wave("car-1"), alone)).value == 100.0
 
 
 # -- delay, silence ----------------------------------------------------------------------------------------

@@ -48,12 +48,17 @@ SNAPSHOT_EVERY_S = 5.0  # the whole inventory and all reports are read again so 
 SNAPSHOT_SHARE = 0.05  # ... but reading them takes at most this share of the time
 BACKOFF_S = (0.1, 0.2, 0.5, 1.0, 2.0, 5.0)
 BATCHES_IN_FLIGHT = 8
+FEED_SETTLES_S = 1.0  # a feed that has nothing to tell for so long after its start has nothing to catch up
 COURIER_POLL_S = 0.05
 COURIER_BATCH = 500
 COURIER_PARALLEL = 50
 SEND_WITHIN_S = 10.0
 UUID_ZERO = "00000000-0000-0000-0000-000000000000"
 DOWN_ERRORS = (FleetError, OSError, TimeoutError, asyncpg.PostgresError, asyncpg.InterfaceError)
+
+
+# Position, messages on their way into the log, answers, and when the old side got the last message.
+_Batch = tuple[str, asyncio.Future[list[DeadLetter]] | None, list[CommandAnswered], float | None]
 
 
 class FeedCounts(msgspec.Struct):
@@ -95,6 +100,8 @@ class Bridge:
         self._up = False
         self._fleet: dict[str, FleetDevice] | None = None
         self._reports: dict[str, DeviceReport] = {}
+        self._feed_since: float | None = None  # monotonic; None: the feed is not being followed
+        self._feed_lag_s: float | None = None  # how old the newest item was when it was safe in the log
         self._touched: set[str] = set()  # devices that the feed has spoken of since the snapshot began
 
     @property
@@ -108,6 +115,16 @@ class Bridge:
     @property
     def reports(self) -> Mapping[str, DeviceReport]:
         return self._reports
+
+    def feed_behind(self, within_s: float) -> str:
+        """Why what the old side got until `within_s` ago may not be in the log yet; "" when it is."""
+        if self._feed_since is None or (
+            self._feed_lag_s is None and time.monotonic() - self._feed_since < FEED_SETTLES_S
+        ):
+            return "the old side's feed is not being followed"
+        if self._feed_lag_s is not None and self._feed_lag_s > within_s:
+            return f"the old side's feed is {self._feed_lag_s:.0f} s behind by the old side's clock"
+        return ""
 
     async def run(self) -> None:
         """Run until cancelled. Each part comes back by itself when the side or the backend was away."""
@@ -131,6 +148,8 @@ class Bridge:
                 log.error("bridge_part_failed", side=self.key, part=what, reason=reason, exc_info=True)
             if what == "inventory":
                 self._up, self.why_down = False, reason
+            elif what == "feed":
+                self._feed_since = None
             if time.monotonic() - started > 10:
                 failures = 0
             if failures == 0:
@@ -198,12 +217,12 @@ class Bridge:
 
     async def _feed_once(self) -> None:
         """Follow the feed until it ends or something fails."""
-        pending: asyncio.Queue[tuple[str, asyncio.Future[list[DeadLetter]] | None, list[CommandAnswered]]] = (
-            asyncio.Queue(BATCHES_IN_FLIGHT)
-        )
+        pending: asyncio.Queue[_Batch] = asyncio.Queue(BATCHES_IN_FLIGHT)
         async with asyncio.TaskGroup() as group:
             settling = group.create_task(self._settle(pending))
-            async for position, items in self.side.feed(await self.position()):
+            after = await self.position()
+            self._feed_since, self._feed_lag_s = time.monotonic(), None
+            async for position, items in self.side.feed(after):
                 stored: asyncio.Future[list[DeadLetter]] | None = None
                 answers: list[CommandAnswered] = []
                 messages: list[TelemetryReceived] = []
@@ -212,7 +231,7 @@ class Bridge:
                 if messages:
                     # Tasks of the group: whatever fails ends this round before a position is stored.
                     stored = group.create_task(self._store(messages))
-                await pending.put((position, stored, answers))
+                await pending.put((position, stored, answers, messages[-1].received_at if messages else None))
             await pending.join()
             settling.cancel()
 
@@ -256,7 +275,7 @@ class Bridge:
 
     async def _settle(
         self,
-        pending: "asyncio.Queue[tuple[str, asyncio.Future[list[DeadLetter]] | None, list[CommandAnswered]]]",
+        pending: "asyncio.Queue[_Batch]",
     ) -> None:
         """Store positions, in order, each after all that it covers."""
         while True:
@@ -265,7 +284,9 @@ class Bridge:
                 batch.append(pending.get_nowait())
             answers: list[CommandAnswered] = []
             letters: list[DeadLetter] = []
-            for _, stored, some in batch:
+            newest: float | None = None
+            for _, stored, some, received_at in batch:
+                newest = received_at or newest
                 if stored is not None:
                     letters.extend(await stored)
                 answers.extend(some)
@@ -280,6 +301,8 @@ class Bridge:
                     self.key,
                     batch[-1][0],
                 )
+            if newest is not None:
+                self._feed_lag_s = time.time() - newest
             for _ in batch:
                 pending.task_done()
 

@@ -149,7 +149,7 @@ async def start_migration(
     fleet = selected(plan, await read_inventory(plan))
     async with engine.acquire() as conn:
         epoch = max(await store.highest_epoch(conn), int(now))
-        state = begin(plan, fleet, now, epoch)
+        state = begin(plan, fleet, epoch)
         moving = [m.device for m in state.members.values() if m.state is not MemberState.EXCLUDED]
         if taken := await store.claimed(conn, moving, _BUSY):
             device, other = taken[0]
@@ -375,7 +375,14 @@ class Runner:
         self._new = new
         self._engine = engine
         self._lever = FlagLever(bridge.side, new)
-        self._measurer = Measurer(stored.name, backend=backend, engine=engine, old_path=bridge.side.name)
+        self._measurer = Measurer(
+            stored.name,
+            backend=backend,
+            engine=engine,
+            old_path=bridge.side.name,
+            log_end=new.log_end,
+            feed_behind=bridge.feed_behind,
+        )
         self._journal = Journal(journals.journal_path(settings.path, stored.name))
         self._switch = switch
         self._fresh = True  # nothing of what was told is remembered: tell again what is not obeyed

@@ -8,7 +8,7 @@ evidence it was computed from; what cannot be measured has no value, and a gate 
 import asyncio
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Any
 
@@ -19,6 +19,7 @@ import msgspec
 from fleetlift.core.command import uuid7
 from fleetlift.core.decide import OWN_METRICS
 from fleetlift.core.delays import quantile
+from fleetlift.core.errors import FleetError
 from fleetlift.core.gates import Gate, Source
 from fleetlift.core.migration import (
     Member,
@@ -44,6 +45,7 @@ DELAY_SPAN_S = 600.0  # delays and comparisons look back at most so far: a long 
 OLD_COMMANDS_SPAN_S = 3600.0
 FLAP_SPAN_S = 300.0
 FLAP_CONNECTS = 3
+FRESH_S = 2.0  # the account of telemetry is written at least every second
 QUERY_TIMEOUT_S = 3.0
 GATE_ROLE = "fleetlift_gates"  # made by store/migrations/0004_gate_role.sql
 PROMETHEUS_BYTES_MAX = 1024 * 1024
@@ -75,6 +77,26 @@ class Tops:
                 break
             known = top
         return known
+
+
+class LogEnds:
+    """Where the log ended a while ago: a reader that has not come so far shows figures of the past."""
+
+    def __init__(self) -> None:
+        self._history: deque[tuple[float, datetime, int]] = deque()
+
+    def add(self, at: float, created: datetime, last: int, within_s: float) -> None:
+        """Remember the end of the log. What was noted before a longer pause proves nothing any more."""
+        history = self._history
+        if history and (at - history[-1][0] > within_s or history[-1][1] != created):
+            history.clear()
+        history.append((at, created, last))
+        while len(history) > 1 and history[1][0] <= at - within_s:
+            history.popleft()
+
+    def reached(self, created: datetime, seq: int) -> bool:
+        """Whether a reader at this position has all that was in the log `within_s` ago."""
+        return bool(self._history) and created == self._history[0][1] and seq >= self._history[0][2]
 
 
 class Wave(msgspec.Struct, frozen=True, kw_only=True):
@@ -115,13 +137,20 @@ class Measurer:
         backend: Pool,
         engine: Pool,
         old_path: str,
+        log_end: Callable[[], Awaitable[tuple[datetime, int]]] | None = None,
+        feed_behind: Callable[[float], str] = lambda within_s: "",
         monotonic: Callable[[], float] = time.monotonic,
     ) -> None:
+        """`log_end` tells the log's time of creation and last number; `feed_behind(within_s)` why the old
+        side's feed does not show what was sent up to so long ago, or ""."""
         self._name = name
         self._backend = backend
         self._engine = engine
         self._old_path = old_path
         self._monotonic = monotonic
+        self._log_end = log_end
+        self._feed_behind = feed_behind
+        self._ends = LogEnds()
         self._tops = Tops()
         self._baselines: dict[str, tuple[int, dict[str, int]]] = {}  # device: (epoch, top by channel)
         self._moved_tops: dict[tuple[str, int], dict[str, int]] = {}  # (device, epoch): top by channel
@@ -220,7 +249,11 @@ class Measurer:
                 continue
             try:
                 async with self._backend.acquire() as conn:
-                    found.update(await measure(conn))
+                    stale = await self._stale(conn, rung, now) if prefix.startswith("telemetry.") else ""
+                    if stale:
+                        found.update({m: Sample(value=None, evidence=_summary(stale)) for m in wanted})
+                    else:
+                        found.update(await measure(conn))
             except (OSError, TimeoutError, asyncpg.PostgresError, asyncpg.InterfaceError) as error:
                 log.warning("measurement_failed", migration=self._name, metric=prefix, error=str(error))
                 for metric in wanted:
@@ -241,6 +274,21 @@ class Measurer:
         return samples
 
     # -- telemetry ---------------------------------------------------------------------------------------
+
+    async def _stale(self, conn: Conn, rung: Rung, now: float) -> str:
+        """Why the account of telemetry tells of the past, or "" when it is at most the grace behind."""
+        within_s = max(rung.grace_s, FRESH_S)
+        if self._log_end is not None:
+            try:
+                self._ends.add(now, *await self._log_end(), within_s)
+            except FleetError as error:
+                return f"the end of the log is not known: {error}"
+            row = await conn.fetchrow("SELECT stream_created, seq FROM log_position WHERE reader = 'ledger'")
+            if row is None or not self._ends.reached(row["stream_created"], row["seq"]):
+                return f"the telemetry reader is more than {within_s:g} s behind the log"
+        if rung.flags.telemetry is TelemetryFlag.BOTH:
+            return self._feed_behind(within_s)
+        return ""
 
     async def _completeness(self, conn: Conn, wave: Wave, rung: Rung, now: float) -> dict[str, Sample]:
         name = "telemetry.completeness"

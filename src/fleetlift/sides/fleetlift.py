@@ -12,14 +12,17 @@ import os
 import secrets
 import time
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 import asyncpg
 import msgspec
+from nats.errors import Error as NatsError
 
 from fleetlift.backend import commands, registry, shadows
 from fleetlift.backend.shadows import Services
+from fleetlift.bus.subjects import STREAM
 from fleetlift.core.errors import BadInput, Unavailable
 from fleetlift.core.jsonvalue import JsonObject
 from fleetlift.core.migration import DeviceObservation, FleetDevice
@@ -34,6 +37,7 @@ from fleetlift.core.orders import (
 from fleetlift.core.telemetry import MQTT_PATH
 from fleetlift.log import get_logger
 from fleetlift.sides.base import FeedItem, Side, SideCommand
+from fleetlift.store import devices as device_store
 from fleetlift.store import presence as presence_store
 from fleetlift.store import shadows as shadow_store
 
@@ -42,7 +46,17 @@ log = get_logger(__name__)
 KEY_FILE = "engine.key"
 CHUNK = 1000  # devices a transaction
 PROBE_MARGIN_S = 10.0
+LOG_END_S = 2.0
 _GONE = (OSError, TimeoutError, asyncpg.PostgresConnectionError, asyncpg.InterfaceError)
+
+
+class _StreamState(msgspec.Struct, frozen=True):
+    last_seq: int
+
+
+class _StreamInfo(msgspec.Struct, frozen=True):
+    created: datetime
+    state: _StreamState
 
 
 def engine_key(data_dir: Path) -> bytes:
@@ -126,7 +140,9 @@ class FleetliftSide:
                         chunk,
                     )
                     there = {row["id"]: row for row in rows}
-                    others = [d for d in chunk if d in there and there[d]["tenant"] != self._tenant]
+                    owners = await device_store.former_owners(conn, chunk)
+                    owners |= {d: row["tenant"] for d, row in there.items()}
+                    others = [d for d in chunk if owners.get(d, self._tenant) != self._tenant]
                     foreign.extend(others)
                     new = [
                         registry.NewDevice(
@@ -154,24 +170,6 @@ class FleetliftSide:
                     )
             self._adopted.update((device, texts[device]) for device in chunk if device not in others)
         return foreign
-
-    async def grant(self, devices: Sequence[str]) -> list[str]:
-        """Let devices sign in with their generated credential. Returns those that are not registered."""
-        missing: list[str] = []
-        for chunk in _chunks(devices):
-            with _reachable():
-                async with self._pool.acquire() as conn:
-                    missing += await registry.grant_generated(
-                        conn, {device: self.credential(device) for device in chunk}
-                    )
-        return missing
-
-    async def withdraw(self, devices: Sequence[str]) -> None:
-        """Take the generated credentials back, of devices that have gone back for good."""
-        for chunk in _chunks(devices):
-            with _reachable():
-                async with self._pool.acquire() as conn:
-                    await registry.withdraw_generated(conn, chunk)
 
     def credential(self, device: str) -> str:
         return credential_of(self._key, device)
@@ -344,6 +342,15 @@ class FleetliftSide:
                 old_telemetry_at=old_at,
             )
         return seen
+
+    async def log_end(self) -> tuple[datetime, int]:
+        """When the log was created, and the number of its last message. Raises Unavailable."""
+        try:
+            answer = await self._services.nc.request(f"$JS.API.STREAM.INFO.{STREAM}", b"", timeout=LOG_END_S)
+            info = msgspec.json.decode(answer.data, type=_StreamInfo)
+        except (NatsError, OSError, TimeoutError, msgspec.MsgspecError) as error:
+            raise Unavailable(f"NATS does not tell about the log ({type(error).__name__})") from error
+        return info.created, info.state.last_seq
 
     async def send_command(self, command: SideCommand) -> None:
         raise BadInput("commands to this side are created in its own store: use backend.commands.create")
