@@ -102,7 +102,7 @@ def test_a_legacy_side_takes_its_key_from_a_file_or_the_environment(
     monkeypatch.delenv("FLEETLIFT_LEGACY_KEY", raising=False)
     with pytest.raises(BadInput, match="FLEETLIFT_LEGACY_KEY"):
         connect_side({"legacy": "tcp://127.0.0.1:7700"})
-    (tmp_path / "owner.key").write_text("k\n")
+    (tmp_path / "owner.key").write_text("k" * 43 + "\n")
     assert isinstance(
         connect_side({"legacy": "tcp://127.0.0.1:7700", "key_file": str(tmp_path / "owner.key")}), LegacySide
     )
@@ -127,3 +127,36 @@ def test_a_builder_given_by_the_caller_goes_before_the_built_in_one() -> None:
         return LegacySide("tcp://127.0.0.1:1", "k", name="mine")
 
     assert connect_side({"fleetlift": "default", "x": "1"}, builders={"fleetlift": build}).name == "mine"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "FLEETLIFT_URL=http://127.0.0.1\nFLEETLIFT_TOKEN=flt_0123456789\n",
+        "",
+        "short",
+        "x" * 5000,
+        "\xff\xfe" * 20,
+    ],
+)
+def test_a_plan_sends_no_file_to_a_server_unless_it_holds_a_key(tmp_path: Path, text: str) -> None:
+    """Both are named by the plan: any other file of this machine would be told to whoever listens there."""
+    file = tmp_path / "some.file"
+    file.write_text(text, encoding="latin-1")
+    with pytest.raises(BadInput, match="holds no key"):
+        connect_side({"legacy": "tcp://127.0.0.1:7700", "key_file": str(file)})
+
+
+def test_a_plan_names_no_key_of_fleetlifts_own(tmp_path: Path) -> None:
+    """Not by another name, nor from below, nor without an end."""
+    data = tmp_path / "data"
+    (data / "tls").mkdir(parents=True)
+    key = data / "engine.key"
+    key.write_text("0123456789abcdef" * 4 + "\n")
+    (data / "tls" / "other.key").write_text("0123456789abcdef" * 4)
+    (tmp_path / "innocent").symlink_to(key)
+    for path in (key, data / "tls" / "other.key", tmp_path / "innocent", data / "tls" / ".." / "engine.key"):
+        with pytest.raises(BadInput, match="data directory of Fleetlift"):
+            connect_side({"legacy": "tcp://127.0.0.1:7700", "key_file": str(path)})
+    with pytest.raises(BadInput, match="holds no key"):
+        connect_side({"legacy": "tcp://127.0.0.1:7700", "key_file": "/dev/zero"})

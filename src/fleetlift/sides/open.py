@@ -1,6 +1,7 @@
 """From what a plan file says of a side to the side itself."""
 
 import os
+import re
 from collections.abc import Callable, Mapping
 from importlib import import_module
 from importlib.metadata import entry_points
@@ -10,6 +11,9 @@ from fleetlift.core.errors import BadInput
 from fleetlift.sides.base import Side
 
 ENTRY_POINTS = "fleetlift.sides"
+OWN_KEYS = "engine.key"  # stands in every data directory of ours
+KEY_BYTES_MAX = 512
+_KEY = re.compile(r"[!-~]{16,512}")
 
 # Takes the target (what stands beside the kind in the plan) and the other entries of the mapping.
 Builder = Callable[[str, Mapping[str, str]], Side]
@@ -41,15 +45,39 @@ def side_kinds() -> tuple[str, ...]:
 def legacy_key(options: Mapping[str, str]) -> str:
     """The owner's key of a legacy server: from the file that `key_file` names, or FLEETLIFT_LEGACY_KEY."""
     if path := options.get("key_file"):
-        try:
-            return Path(path).expanduser().read_text().strip()
-        except OSError as exc:
-            raise BadInput(f"key_file {path}: {exc.strerror}; name the legacy server's owner.key") from exc
+        return _key_in(Path(path).expanduser())
     if key := os.environ.get("FLEETLIFT_LEGACY_KEY"):
         return key
     raise BadInput(
         "the legacy server's owner key is not known: set FLEETLIFT_LEGACY_KEY, or key_file in the plan"
     )
+
+
+def _key_in(path: Path) -> str:
+    """The key in a file that a plan names.
+
+    The server that the plan names as well is sent what it holds, so it must be a key, and none of our own.
+    """
+    try:
+        real = path.resolve(strict=True)
+        if any((above / OWN_KEYS).exists() for above in real.parents):
+            raise BadInput(
+                f"key_file {path}: lies in a data directory of Fleetlift; name a file of the old side"
+            )
+        text = ""
+        if real.is_file():  # a pipe or a device might never end
+            with real.open("rb") as file:
+                text = file.read(KEY_BYTES_MAX + 1).decode().strip()
+    except OSError as exc:
+        raise BadInput(f"key_file {path}: {exc.strerror}; name the legacy server's owner.key") from exc
+    except UnicodeDecodeError:
+        text = ""
+    if not _KEY.fullmatch(text):
+        raise BadInput(
+            f"key_file {path}: holds no key (one word of 16 to {KEY_BYTES_MAX} characters); name the legacy "
+            "server's owner.key"
+        )
+    return text
 
 
 def _legacy(target: str, options: Mapping[str, str]) -> Side:
