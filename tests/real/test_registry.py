@@ -153,6 +153,42 @@ async def test_a_tenant_sees_and_changes_only_its_own(conn: Any) -> None:
     assert [t.id for t in (await registry.list_tenants(conn)).items] == ["other", "t"]
 
 
+async def test_a_deleted_devices_id_goes_to_no_other_tenant(conn: Any) -> None:
+    """Its telemetry, shadows and commands stay: whoever had the id next would read them."""
+    await registry.create_tenant(conn, "other")
+    await registry.put_device(conn, device())
+    await registry.delete_device(conn, "d1")
+    with pytest.raises(Conflict):
+        await registry.put_device(conn, device(tenant="other"))
+    with pytest.raises(Conflict):
+        await registry.put_devices(conn, [device("d2", tenant="other"), device(tenant="other")])
+    assert (await registry.list_devices(conn, tenant="other")).items == []
+    assert (await registry.put_device(conn, device())).tenant == "t"
+    await registry.delete_device(conn, "d1")
+    with pytest.raises(Conflict):
+        await registry.put_device(conn, device(tenant="other"))
+
+
+async def test_of_two_tenants_who_create_a_device_at_once_one_has_it(
+    pool: Pool, conn: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The look at whose it is and the writing are two steps: nobody takes a device in between."""
+    await registry.create_tenant(conn, "other")
+    looked = store.owners
+
+    async def slow(there: Any, devices: Any) -> dict[str, str]:
+        found = await looked(there, devices)
+        monkeypatch.setattr(store, "owners", looked)
+        async with pool.acquire() as second:
+            await registry.put_device(second, device())
+        return found
+
+    monkeypatch.setattr(store, "owners", slow)
+    with pytest.raises(Conflict):
+        await registry.put_device(conn, device(tenant="other"))
+    assert (await registry.get_device(conn, "d1")).tenant == "t"
+
+
 async def test_devices_are_listed_by_condition_and_page(conn: Any) -> None:
     """Each device that the condition selects is on exactly one page, by id."""
     await registry.put_devices(conn, [device(f"d{n:04}", attributes={"hw": n % 3}) for n in range(2500)])
@@ -201,15 +237,6 @@ async def test_tokens_tell_who_calls_until_they_are_revoked(pool: Pool, conn: An
     assert await tokens.TokenVerifier(pool).verify(text) is None
     assert tokens.Role.ADMIN.includes(tokens.Role.VIEWER)
     assert not tokens.Role.VIEWER.includes(tokens.Role.OPERATOR)
-
-
-async def test_a_token_made_before_the_database_is_registered_later(pool: Pool, conn: Any) -> None:
-    text = tokens.new_token_text()
-    for _ in range(2):
-        await tokens.register_token(conn, text, "admin", "admin")
-    who = await tokens.TokenVerifier(pool).verify(text)
-    assert who is not None
-    assert (who.role, who.tenant) == (tokens.Role.ADMIN, None)
 
 
 @pytest.mark.parametrize(

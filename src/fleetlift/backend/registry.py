@@ -90,7 +90,14 @@ async def put_devices(
         for row in rows:
             if before.get(row.id, row.tenant) != row.tenant:
                 raise Conflict(f"device {row.id!r} belongs to another tenant: use another id")
-        await store.put(conn, rows)
+        for gone, owner in (await store.former_owners(conn, [row.id for row in rows])).items():
+            if any(row.id == gone and row.tenant != owner for row in rows):
+                # What it sent, and what waits for it in the log, would be the new tenant's to read.
+                raise Conflict(f"device {gone!r} was another tenant's, and its data is: use another id")
+        written = await store.put(conn, rows)
+        for row in rows:
+            if row.id not in written:  # somebody else was quicker
+                raise Conflict(f"device {row.id!r} belongs to another tenant: use another id")
         renewed = [d.id for d in new if d.credentials is not None and d.id in before]
         revoked: set[str] = set()
         if renewed:

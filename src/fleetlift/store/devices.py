@@ -206,27 +206,43 @@ async def owners(conn: Conn, devices: Sequence[str]) -> dict[str, str]:
     return {r["id"]: r["tenant"] for r in found}
 
 
-async def put(conn: Conn, rows: Sequence[DeviceRow]) -> None:
-    """Create devices, or replace what is written of them."""
-    await conn.execute(
+async def former_owners(conn: Conn, devices: Sequence[str]) -> dict[str, str]:
+    """The tenant that each of these devices had when it was deleted."""
+    found = await conn.fetch("SELECT id, tenant FROM former_device WHERE id = ANY($1::text[])", devices)
+    return {r["id"]: r["tenant"] for r in found}
+
+
+async def put(conn: Conn, rows: Sequence[DeviceRow]) -> set[str]:
+    """Create devices, or replace what is written of them; returns them without those of another tenant."""
+    written = await conn.fetch(
         """INSERT INTO device (id, tenant, dialect, attributes)
            SELECT id, tenant, dialect, attributes::jsonb
            FROM unnest($1::text[], $2::text[], $3::text[], $4::text[]) t(id, tenant, dialect, attributes)
-           ON CONFLICT (id) DO UPDATE SET tenant = EXCLUDED.tenant, dialect = EXCLUDED.dialect,
-               attributes = EXCLUDED.attributes, updated_at = now()""",
+           ON CONFLICT (id) DO UPDATE SET dialect = EXCLUDED.dialect, attributes = EXCLUDED.attributes,
+               updated_at = now() WHERE device.tenant = EXCLUDED.tenant
+           RETURNING device.id""",
         [r.id for r in rows],
         [r.tenant for r in rows],
         [r.dialect for r in rows],
         [r.attributes for r in rows],
     )
+    return {r["id"] for r in written}
 
 
 async def delete(conn: Conn, device: str, *, tenant: str | None = None) -> bool:
-    """Remove a device, its credentials and its presence. Telemetry, ledger and commands stay."""
+    """Remove a device, its credentials and its presence. Telemetry, ledger and commands stay.
+
+    So does the knowledge whose they are: the id goes to no other tenant.
+    """
     status = await conn.execute(
-        "DELETE FROM device WHERE id = $1 AND ($2::text IS NULL OR tenant = $2)", device, tenant
+        """WITH gone AS (
+               DELETE FROM device WHERE id = $1 AND ($2::text IS NULL OR tenant = $2) RETURNING id, tenant)
+           INSERT INTO former_device (id, tenant) SELECT id, tenant FROM gone
+           ON CONFLICT (id) DO UPDATE SET tenant = EXCLUDED.tenant, deleted_at = now()""",
+        device,
+        tenant,
     )
-    if status == "DELETE 0":
+    if status.endswith(" 0"):
         return False
     await conn.execute("DELETE FROM presence WHERE device = $1", device)
     return True
