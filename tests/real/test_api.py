@@ -12,6 +12,7 @@ import msgspec
 import pytest
 
 from fleetlift.api import app as api_app
+from fleetlift.api import migrations as api_migrations
 from fleetlift.api.health import ROLES
 from fleetlift.backend import alive, registry, tokens
 from fleetlift.backend.context import Context
@@ -349,6 +350,35 @@ async def test_a_tenants_administrator_cannot_step_out_of_it(house: House) -> No
     theirs = (await house["admin@meters"].get(f"{V1}/tokens")).json()["items"][0]["id"]
     is_problem(await ours.delete(f"{V1}/tokens/{theirs}"), 404)
     assert "meters" not in (await ours.get("/metrics")).text
+
+
+async def test_orders_are_not_given_by_a_tenants_token(house: House) -> None:
+    """The shadow `fleetlift` sends devices from one side to the other: it is not a tenant's to write."""
+    path, order = f"{V1}/devices/car-1/shadow?name=fleetlift", {"state": {"desired": {"epoch": 2**50}}}
+    for who in ("operator@carshare", "admin@carshare"):
+        is_problem(await house[who].patch(path, json=order), 403)
+        is_problem(await house[who].patch(path, json={"state": {"reported": {"epoch": 2**50}}}), 403)
+        is_problem(await house[who].delete(path), 403)
+    is_problem(await house["operator@meters"].patch(path, json=order), 404)
+    assert (await house["operator"].patch(path, json=order)).status_code == 200
+    assert (await house["viewer@carshare"].get(path)).status_code == 200
+    mine = f"{V1}/devices/car-1/shadow?name=lamp"
+    assert (await house["operator@carshare"].patch(mine, json=order)).status_code == 200
+
+
+async def test_a_stream_ends_when_its_token_is_revoked(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(api_migrations, "STREAM_CHECK_S", 0.1)
+    monkeypatch.setattr(tokens, "_CACHED_FOR_S", 0.1)
+    await started(house)
+    made = (await house["admin"].post(f"{V1}/tokens", json={"name": "x", "role": "viewer"})).json()
+    headers = {"accept": "text/event-stream", "authorization": f"Bearer {made['token']}"}
+    async with house["nobody"].stream("GET", f"{V1}/migrations/connect/events", headers=headers) as answer:
+        lines = answer.aiter_lines()
+        assert await anext(lines)
+        assert (await house["admin"].delete(f"{V1}/tokens/{made['id']}")).status_code == 204
+        async with asyncio.timeout(5):
+            async for _ in lines:
+                pass
 
 
 # -- the areas ------------------------------------------------------------------------------------------

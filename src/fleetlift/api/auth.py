@@ -4,6 +4,7 @@ A route names the role it needs by `opt={"role": ...}` (see `VIEWER`, `OPERATOR`
 forgets to needs an administrator. Only `opt=OPEN` needs no token at all.
 """
 
+from collections.abc import Mapping
 from typing import Any
 
 from litestar.connection import ASGIConnection
@@ -20,15 +21,20 @@ ADMIN: dict[str, Any] = {"role": Role.ADMIN}
 OPEN: dict[str, Any] = {"open": True}
 
 
+def bearer_of(headers: Mapping[str, str]) -> str:
+    """The bearer token of a request; empty when there is none."""
+    scheme, _, text = headers.get("authorization", "").partition(" ")
+    return text.strip() if scheme.lower() == "bearer" else ""
+
+
 class BearerAuthentication(AbstractAuthenticationMiddleware):
     """Takes the bearer token of a request (RFC 6750, 2.1) and finds whose it is."""
 
     async def authenticate_request(
         self, connection: ASGIConnection[Any, Any, Any, Any]
     ) -> AuthenticationResult:
-        scheme, _, text = connection.headers.get("authorization", "").partition(" ")
-        if scheme.lower() == "bearer":
-            principal = await connection.app.state["services"].verifier.verify(text.strip())
+        if text := bearer_of(connection.headers):
+            principal = await connection.app.state["services"].verifier.verify(text)
             if principal is not None:
                 return AuthenticationResult(user=principal, auth=None)
         raise NotAuthorizedException("a valid token is needed")

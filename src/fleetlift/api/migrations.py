@@ -12,7 +12,7 @@ from litestar.enums import MediaType
 from litestar.params import FromPath, JSONBody, QueryParameter
 from litestar.response import ServerSentEvent, ServerSentEventMessage
 
-from fleetlift.api.auth import OPERATOR, VIEWER
+from fleetlift.api.auth import OPERATOR, VIEWER, bearer_of
 from fleetlift.api.wire import (
     LIMIT,
     After,
@@ -41,6 +41,7 @@ PLAN_CHARS_MAX = 256 * 1024
 STREAMS_MAX = 100
 STREAM_POLL_S = 0.5
 STREAM_KEEPALIVE_S = 15.0
+STREAM_CHECK_S = 5.0  # how often a stream asks whether its token still holds
 WAIT_S_MAX = 20.0
 
 Wait = Annotated[
@@ -382,15 +383,20 @@ async def list_events(
     resumed = request.headers.get("last-event-id", "")
     if resumed.isdecimal() and len(resumed) < 19:
         last = int(resumed)
-    return cast("Response[Listing[Event]]", ServerSentEvent(follow(found, name, last)))
+    token = bearer_of(request.headers)
+    return cast("Response[Listing[Event]]", ServerSentEvent(follow(found, name, last, token)))
 
 
-async def follow(found: Services, name: str, last: int) -> AsyncIterator[ServerSentEventMessage]:
-    """The events of a migration after `last`, then each new one, until the server stops."""
+async def follow(found: Services, name: str, last: int, token: str) -> AsyncIterator[ServerSentEventMessage]:
+    """The events of a migration after `last`, then each new one, until the server stops or `token` goes."""
     STREAMS.open += 1
     try:
-        spoken = time.monotonic()
+        spoken = checked = time.monotonic()
         while not found.ctx.stop.is_set():
+            if time.monotonic() - checked >= STREAM_CHECK_S:
+                if await found.verifier.verify(token) is None:
+                    return
+                checked = time.monotonic()
             async with found.engine.acquire() as conn:
                 rows = await store.audit_page(conn, name, after=last, limit=200)
             for row in rows:
