@@ -36,12 +36,6 @@ def postgres(engine_loop: LoopThread) -> Iterator[TestPostgres]:
         engine_loop.run(server.stop())
 
 
-@pytest.fixture(scope="session")
-def pg_url(postgres: TestPostgres) -> str:
-    """The template database with the whole schema: to be looked at, not written to."""
-    return postgres.url
-
-
 @pytest.fixture
 def database_url(postgres: TestPostgres, engine_loop: LoopThread) -> Iterator[str]:
     """A fresh database with the newest schema."""

@@ -81,7 +81,6 @@ class Supervised:
     def __init__(self, spec: ChildSpec, ready: Callable[[], Awaitable[bool]] | None = None) -> None:
         self.spec = spec
         self.state = ChildState.STOPPED
-        self.restarts = 0
         self._check = ready
         self._process: subprocess.Popen[bytes] | None = None
         self._keeper: asyncio.Task[None] | None = None
@@ -162,7 +161,6 @@ class Supervised:
                 shown = f"; last lines of {self.spec.log_file}:\n{tail}" if tail else ""
                 self._resolve(Unavailable(f"{self.spec.name} {problem}{shown}"))
             self.state = ChildState.WAITING
-            self.restarts += 1
             pause_s = min(BACKOFF_MAX_S, BACKOFF_FIRST_S * 2 ** (failures - 1))
             log.warning("child_died", child=self.spec.name, problem=problem, restart_in_s=pause_s)
             if self.on_death is not None:

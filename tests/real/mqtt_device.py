@@ -133,10 +133,6 @@ class Device:
         """Publish and wait for nothing; also from the client's own thread."""
         self.client.publish(topic, msgspec.json.encode(body), qos)
 
-    def publish_many(self, topic: str, bodies: list[object]) -> list[int]:
-        """Publish without waiting; `confirmed` tells later."""
-        return [self.client.publish(topic, msgspec.json.encode(body), 1).mid for body in bodies]
-
     async def confirmed(self, mids: list[int], *, within_s: float = 20.0) -> None:
         await until(lambda: self._confirmed.issuperset(mids), within_s=within_s, what="all PUBACKs")
 
@@ -153,10 +149,3 @@ class Device:
     def close(self) -> None:
         self.client.disconnect()
         self.client.loop_stop()
-
-    def vanish(self) -> None:
-        """Drop the connection without a word."""
-        self.client.loop_stop()
-        sock = self.client.socket()
-        if sock is not None:
-            sock.close()

@@ -371,8 +371,7 @@ async def test_presence_tells_comings_and_goings(edge: Context) -> None:
         async with edge.pool.acquire() as conn:
             happened = (await presence_store.events(conn, device="b")).items
             assert happened[0].connected is False
-            counted = await presence_store.connects_by_device(conn, since=0, until=time.time() + 60)
-        assert counted["b"] == 2
+        assert [event.connected for event in happened].count(True) == 2
         assert await presence.kick(edge, "b") == 0
 
 

@@ -18,7 +18,7 @@ from fleetlift.core.telemetry import HEADER_RECEIVED, HEADER_SEQ, HEADER_TS
 from fleetlift.store import ledger, positions
 from fleetlift.store import telemetry as store
 
-NOW = time.time()
+NOW = float(int(time.time()))
 
 
 async def eventually(check: Callable[[], Awaitable[Any]], *, within_s: float = 15.0) -> Any:
@@ -107,11 +107,9 @@ async def test_a_message_by_two_paths_is_stored_once_and_the_ledger_sees_both(ct
         )
         totals = {t.path: t.distinct for t in await ledger.totals(conn)}
         assert totals == {"mqtt": 3, "legacy": 3}
-        n, counts = await store.messages_and_delays(
-            conn, devices=["d1"], path="legacy", since=NOW - 60, until=NOW + 60
-        )
-        assert n == sum(counts) == 3
-        assert await store.messages_by_device(conn, path="mqtt", since=NOW - 60, until=NOW + 60) == {"d1": 4}
+        windows = await conn.fetch("SELECT path, messages, delay_counts FROM receipt_window")
+        assert {w["path"]: w["messages"] for w in windows} == {"mqtt": 4, "legacy": 3}
+        assert all(sum(w["delay_counts"]) == w["messages"] for w in windows)
 
 
 async def test_without_a_time_a_repetition_is_known_by_count_and_body(ctx: Context) -> None:
@@ -182,7 +180,8 @@ async def test_strange_but_valid_json_is_stored(ctx: Context) -> None:
         await caught_up(ctx)
     async with ctx.pool.acquire() as conn:
         items = (await store.read(conn, "d1")).items
-    assert [bytes(row.body) for row in items] == bodies
+    # Those that came within one millisecond have no order among each other.
+    assert sorted(bytes(row.body) for row in items) == sorted(bodies)
 
 
 async def test_readers_killed_in_mid_batch_lose_and_double_nothing(

@@ -141,7 +141,7 @@ class Pretend:
         self.decisions: list[Decision] = []
         self.tells: list[Tell] = []
         self._ids = 0
-        self.state = self.stored(begin(the_plan, self.fleet() or (), self.now, epoch))
+        self.state = self.stored(begin(the_plan, self.fleet() or (), epoch))
 
     def fleet(self) -> tuple[FleetDevice, ...] | None:
         if not self.readable:

@@ -70,12 +70,12 @@ def test_a_wave_that_adds_no_device_is_skipped_and_noted() -> None:
 
 def test_a_fleet_of_nothing_cannot_begin() -> None:
     with pytest.raises(BadInput, match="no device"):
-        begin(plan(), (), START, 0)
+        begin(plan(), (), 0)
 
 
 def test_devices_that_cannot_be_updated_take_no_part_and_are_listed_with_the_reason() -> None:
     fleet = [FleetDevice(id="a"), FleetDevice(id="b", attributes={"updatable": False})]
-    members = begin(plan(), fleet, START, 0).members
+    members = begin(plan(), fleet, 0).members
     assert members["b"].state is MemberState.EXCLUDED
     assert "updatable is false" in members["b"].reason
 
@@ -784,7 +784,7 @@ def test_a_hundred_thousand_devices_are_decided_in_a_moment() -> None:
 
     the_plan = plan(waves=("1%", "100%"))
     fleet = tuple(FleetDevice(id=f"d{n}", connected=True) for n in range(20_000))
-    state = begin(the_plan, fleet, START, 0)
+    state = begin(the_plan, fleet, 0)
     samples = {g.text: good_sample(g.text) for g in gates_of(the_plan) if g.metric != "moves.success"}
     seen = Observations(fleet=fleet, samples=samples)
     started = time.perf_counter()

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fleetlift.bus.subjects import filter_to_subjects, stored_topic, to_subject, to_topic
+from fleetlift.bus.subjects import stored_topic, to_subject, to_topic
 from fleetlift.core.errors import BadInput
 
 LEVEL = st.text(
@@ -48,25 +48,3 @@ def test_a_subject_has_no_empty_token(topic: str) -> None:
 def test_what_the_server_would_refuse_is_refused_before(topic: str) -> None:
     with pytest.raises(BadInput):
         to_subject(topic)
-
-
-@pytest.mark.parametrize(
-    ("topic_filter", "subjects"),
-    [
-        ("dt/+/gps", ["dt.*.gps"]),
-        ("dt/d1/#", ["dt.d1", "dt.d1.>"]),
-        ("#", [">"]),
-        ("+", ["*"]),
-        ("+/#", ["*", "*.>"]),
-        ("a.b/+", ["a//b.*"]),
-    ],
-)
-def test_filters_become_subjects(topic_filter: str, subjects: list[str]) -> None:
-    """`x/#` selects `x` as well, and so it is two subjects."""
-    assert filter_to_subjects(topic_filter) == subjects
-
-
-@pytest.mark.parametrize("topic_filter", ["a/#/b", "a+/b", "a/b#", "a/*", "a/>"])
-def test_a_wildcard_stands_alone_in_its_level(topic_filter: str) -> None:
-    with pytest.raises(BadInput):
-        filter_to_subjects(topic_filter)

@@ -61,23 +61,6 @@ async def create_token(conn: Conn, name: str, role: str, tenant: str | None = No
     return token, f"flt_{token}_{secret}"
 
 
-async def register_token(conn: Conn, text: str, name: str, role: str, tenant: str | None = None) -> str:
-    """Store a token that was made elsewhere (`new_token_text`), or its changed role; returns its id.
-
-    A server's first start writes its admin's token to a file before the database is there.
-    """
-    checked = _checked_role(role)
-    if (parts := _TOKEN.fullmatch(text)) is None:
-        raise BadInput("not a token of Fleetlift: expected flt_… with 16 and 43 characters")
-    await store.add(conn, parts[1], name, checked, tenant, _hash(parts[2]))
-    return parts[1]
-
-
-def new_token_text() -> str:
-    """The text of a new token that `register_token` will store."""
-    return f"flt_{secrets.token_hex(8)}_{secrets.token_urlsafe(32)}"
-
-
 async def revoke_token(conn: Conn, token: str, *, tenant: str | None = None) -> None:
     """Make a token (by id) worthless. Raises NotFound, also for another tenant's."""
     if not await store.revoke(conn, token, tenant=tenant):

@@ -23,27 +23,6 @@ def to_subject(topic: str) -> str:
     return _mapped(topic)
 
 
-def filter_to_subjects(topic_filter: str) -> list[str]:
-    """The NATS subjects of an MQTT topic filter; `x/#` is two, since it selects `x` as well.
-
-    Raises BadInput when a wildcard does not stand alone in its level, or `#` is not the last.
-    """
-    levels = topic_filter.split("/")
-    for number, level in enumerate(levels):
-        if ("#" in level and (level != "#" or number != len(levels) - 1)) or ("+" in level and level != "+"):
-            raise BadInput(
-                f"topic filter {topic_filter!r}: '+' stands alone in its level, '#' alone and last"
-            )
-        if "*" in level or ">" in level:
-            raise BadInput(f"topic filter {topic_filter!r}: '*' and '>' cannot be used")
-    if topic_filter == "#":
-        return [">"]
-    if levels[-1] == "#":
-        parent = "*" if levels[:-1] == ["+"] else _wildcards(_mapped("/".join(levels[:-1])))
-        return [parent, f"{parent}.>"]
-    return [_wildcards(_mapped(topic_filter))]
-
-
 def to_topic(subject: str) -> str:
     """The MQTT topic of a NATS subject."""
     if "/" not in subject:
@@ -64,7 +43,3 @@ def _mapped(topic: str) -> str:
     if "." not in topic and "//" not in topic and topic[0] != "/" and topic[-1] != "/":
         return topic.replace("/", ".")
     return ".".join(level.replace(".", "//") if level else "/" for level in topic.split("/"))
-
-
-def _wildcards(subject: str) -> str:
-    return ".".join("*" if token == "+" else token for token in subject.split("."))

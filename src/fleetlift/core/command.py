@@ -219,7 +219,6 @@ class ResponseError(StrEnum):
     INVALID_REQUEST = "InvalidRequest"
     NOT_FOUND = "ResourceNotFound"
     TERMINAL = "TerminalStateReached"
-    TRANSITION = "InvalidStateTransition"
 
 
 class BadResponse(BadInput):

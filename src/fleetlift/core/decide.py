@@ -83,7 +83,7 @@ _MAY: Final[Mapping[RequestKind, frozenset[Phase]]] = MappingProxyType(
 """In which phases a request is taken; in the others it is refused, with a line in the audit log."""
 
 
-def begin(plan: Plan, fleet: Sequence[FleetDevice], now: float, epoch: int) -> MigrationState:
+def begin(plan: Plan, fleet: Sequence[FleetDevice], epoch: int) -> MigrationState:
     """The state of a migration that has not told any device anything yet.
 
     `fleet` is what the plan's `where` selects; `epoch` is at least the newest that any migration has used.
@@ -775,7 +775,7 @@ class _Round:
                 raised=raised,
                 limit=limit,
             )
-            self._next_wave(adds=False)
+            self._next_wave()
             return self.state.phase is not Phase.FINISHED
         for device in picked:
             self._put(self.members[device], wave=wave)
@@ -843,9 +843,9 @@ class _Round:
 
     def _pass_wave(self) -> None:
         self._note("wave_passed", f"{self._wave_name()} passed all gates", gates=self._figures())
-        self._next_wave(adds=True)
+        self._next_wave()
 
-    def _next_wave(self, *, adds: bool) -> None:
+    def _next_wave(self) -> None:
         self._close_wave()
         if self.state.wave + 1 < len(self.rung.waves):
             self._set(wave=self.state.wave + 1)

@@ -36,10 +36,6 @@ class Flags(msgspec.Struct, frozen=True, kw_only=True, rename="kebab"):
     link: LinkFlag = LinkFlag.BOTH
 
     @property
-    def needs_old(self) -> bool:
-        return self.link is LinkFlag.BOTH
-
-    @property
     def needs_new(self) -> bool:
         return self != Flags()
 

@@ -107,10 +107,6 @@ class RangeSet:
         return len(self._starts)
 
     @property
-    def lowest(self) -> int | None:
-        return self._starts[0] if self._starts else None
-
-    @property
     def highest(self) -> int | None:
         return self._ends[-1] - 1 if self._ends else None
 

@@ -53,10 +53,6 @@ async def connected(conn: Conn) -> dict[str, Presence]:
     return {r["device"]: Presence(**dict(r)) for r in found}
 
 
-async def count_connected(conn: Conn) -> int:
-    return int(await conn.fetchval("SELECT count(*) FROM presence WHERE connected") or 0)
-
-
 async def events(
     conn: Conn, *, device: str, limit: int = DEFAULT_LIMIT, after: str | None = None
 ) -> Page[PresenceEvent]:
@@ -75,21 +71,6 @@ async def events(
         for r in found[:limit]
     ]
     return Page(items, to_cursor(found[limit - 1]["id"]) if len(found) > limit else None)
-
-
-async def connects_by_device(
-    conn: Conn, *, since: float, until: float, devices: Sequence[str] | None = None
-) -> dict[str, int]:
-    """How often each device connected between two moments: what tells flapping connections."""
-    found = await conn.fetch(
-        """SELECT device, count(*) AS n FROM presence_event
-           WHERE connected AND at >= to_timestamp($1) AND at < to_timestamp($2)
-             AND ($3::text[] IS NULL OR device = ANY($3)) GROUP BY device""",
-        since,
-        until,
-        devices,
-    )
-    return {r["device"]: r["n"] for r in found}
 
 
 async def save(conn: Conn, changed: Mapping[str, Presence], happened: Iterable[PresenceEvent]) -> None:

@@ -10,7 +10,6 @@ from typing import Any
 import asyncpg
 import msgspec
 
-from fleetlift.core.delays import merge
 from fleetlift.core.telemetry import DeadLetter, Telemetry
 from fleetlift.store.paging import DEFAULT_LIMIT, Page, checked_limit, from_cursor, to_cursor
 from fleetlift.store.pool import Conn
@@ -152,43 +151,6 @@ async def dead_letters(
     )
     rows = [DeadLetterRow(**dict(r)) for r in found[:limit]]
     return Page(rows, to_cursor(rows[-1].id) if len(found) > limit else None)
-
-
-async def messages_and_delays(
-    conn: Conn, *, devices: Sequence[str] | None, path: str, since: float, until: float
-) -> tuple[int, list[int]]:
-    """How many messages came by a path with their receipt between two moments, and how late they were.
-
-    Whole windows of `WINDOW_S` that begin in [since, until) are counted. The delays are counts by bucket of
-    `core/delays.py`. `devices` None: all of them.
-    """
-    found = await conn.fetch(
-        """SELECT i, sum(n)::bigint AS n FROM receipt_window w, unnest(w.delay_counts) WITH ORDINALITY u(n, i)
-           WHERE w.window_start >= to_timestamp($1) AND w.window_start < to_timestamp($2) AND w.path = $3
-             AND ($4::text[] IS NULL OR w.device = ANY($4)) GROUP BY i ORDER BY i""",
-        since,
-        until,
-        path,
-        devices,
-    )
-    counts = merge([[0] * (r["i"] - 1) + [r["n"]] for r in found])
-    return sum(counts), counts
-
-
-async def messages_by_device(
-    conn: Conn, *, path: str, since: float, until: float, devices: Sequence[str] | None = None
-) -> dict[str, int]:
-    """How many messages of each device came by a path; a device that sent nothing is left out."""
-    found = await conn.fetch(
-        """SELECT device, sum(messages)::bigint AS n FROM receipt_window
-           WHERE window_start >= to_timestamp($1) AND window_start < to_timestamp($2) AND path = $3
-             AND ($4::text[] IS NULL OR device = ANY($4)) GROUP BY device""",
-        since,
-        until,
-        path,
-        devices,
-    )
-    return {r["device"]: r["n"] for r in found}
 
 
 # -- counters ------------------------------------------------------------------------------------------
