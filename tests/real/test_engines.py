@@ -25,6 +25,7 @@ from fleetlift.config import read_env
 from fleetlift.core.errors import Conflict, Unavailable
 from fleetlift.edge import auth
 from fleetlift.store.embedded import EmbeddedPostgres
+from fleetlift.store.pool import Pool
 from fleetlift.supervise import ChildSpec, Supervised, is_alive, locked_directory, rotate_log
 from fleetlift.testing import (
     LoopThread,
@@ -141,6 +142,12 @@ async def test_a_stranger_gets_no_further_without_the_password(postgres: TestPos
     url = postgres.url.replace("fleetlift:", "fleetlift:not", 1)
     with pytest.raises(asyncpg.InvalidPasswordError):
         await asyncpg.connect(url)
+
+
+async def test_a_slow_statement_is_logged_without_what_it_was_about(pool: Pool) -> None:
+    """Parameters are devices' data and hashes of secrets; PostgreSQL would log them whole."""
+    assert await pool.fetchval("SHOW log_parameter_max_length") == "0"
+    assert await pool.fetchval("SHOW log_parameter_max_length_on_error") == "0"
 
 
 async def test_a_deep_data_directory_does_not_break_the_socket(directory: Path) -> None:

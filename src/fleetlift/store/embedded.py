@@ -50,6 +50,7 @@ SETTINGS: Mapping[str, str] = {
     "log_timezone": "UTC",
     "log_line_prefix": "%m [%p] %a ",
     "log_min_duration_statement": "2s",
+    "log_parameter_max_length": "0",  # parameters are devices' data and hashes of secrets
     "password_encryption": "scram-sha-256",
 }
 # A server that only lives as long as a test may forget everything at a power loss.
