@@ -7,7 +7,7 @@ import msgspec
 import pytest
 from msgspec.structs import replace
 
-from fleetlift.backend import commands, shadows
+from fleetlift.backend import commands, registry, shadows
 from fleetlift.backend.context import Context
 from fleetlift.core.errors import BadInput
 from fleetlift.core.migration import FleetDevice
@@ -103,10 +103,45 @@ async def test_commands_go_by_the_side_that_the_order_names(ctx: Context, side: 
     assert await paths() == [("old", "execute")]
     await side.deliver({"car-1": order(20, replace(BOTH, commands=CommandsFlag.DRY_RUN))})
     assert await paths() == [("new", "dry-run"), ("old", "execute")]
-    await side.deliver({"car-1": order(21, replace(BOTH, commands=CommandsFlag.NEW))})
+    await side.deliver({"car-1": order(21, replace(BOTH, commands=CommandsFlag.BOTH))})
+    assert await paths() == [("new", "execute"), ("old", "execute")]
+    await side.deliver({"car-1": order(22, replace(BOTH, commands=CommandsFlag.NEW))})
     assert await paths() == [("new", "execute")]
+
+
+async def test_commands_reach_a_device_by_the_side_that_it_obeys(ctx: Context, side: FleetliftSide) -> None:
+    """By both while it is not known to have changed sides, then by the one that it names; a device that went
+    back by itself is reached by the old side again, and an order given meanwhile is not undone."""
+    new = replace(BOTH, commands=CommandsFlag.NEW)
+
+    async def paths() -> list[str]:
+        made = await commands.create_command(ctx, "car-1", "lock")
+        return sorted(p.path.value for p in made.paths)
+
+    async def says(epoch: int, phase: DevicePhase, flags: Flags) -> None:
+        await side.follow_reports({"car-1": DeviceReport(epoch=epoch, phase=phase, flags=flags)})
+
+    await side.deliver({"car-1": order(20, new)})
+    await says(20, DevicePhase.TRYING, Flags())
+    assert await paths() == ["new", "old"]
+    await says(20, DevicePhase.MOVED, new)
+    assert await paths() == ["new"]
+    await says(20, DevicePhase.WENT_BACK, Flags())
+    assert await paths() == ["old"]
+    await side.deliver({"car-1": order(21, new)})
+    await says(20, DevicePhase.WENT_BACK, Flags())
+    assert await paths() == ["new", "old"]
+    await says(21, DevicePhase.MOVED, new)
     await side.deliver({"car-1": order(22, Flags())})
-    assert await paths() == [("old", "execute")]
+    assert await paths() == ["new", "old"]
+    await says(22, DevicePhase.OLD, Flags())
+    assert await paths() == ["old"]
+    # Brought back by the journal, which this side knew nothing of.
+    await side.deliver({"car-1": order(23, new)})
+    await says(23, DevicePhase.MOVED, new)
+    await says(99, DevicePhase.OLD, Flags())
+    assert await paths() == ["old"]
+    assert await side.deliver({"car-1": order(24, new)}) == {}
 
 
 async def test_what_a_device_says_by_the_new_side_is_the_evidence(ctx: Context, side: FleetliftSide) -> None:
@@ -137,6 +172,9 @@ async def test_a_device_of_another_tenant_is_left_alone(ctx: Context, side: Flee
     async with ctx.pool.acquire() as conn:
         assert await conn.fetchval("SELECT count(*) FROM device WHERE tenant = 'rental'") == 1
         assert await conn.fetchval("SELECT count(*) FROM device_route WHERE migration = 'theirs'") == 1
+    async with ctx.pool.acquire() as conn:  # deleted, its data is still the first tenant's; the others go on
+        await registry.delete_device(conn, "car-2")
+    assert await other.adopt([CARS[2], FleetDevice(id="van-2")], "theirs") == ["car-2"]
     refused = await other.deliver({"car-0": order(20, migration="theirs")})
     assert "tenant" in refused["car-0"]
     assert "car-0" not in await shadows.named_shadows(ctx, SHADOW_NAME)
