@@ -606,6 +606,24 @@ def test_missing_data_sends_nobody_back_to_an_old_side_that_is_down() -> None:
     assert p.state.phase is Phase.HELD
 
 
+def test_a_breach_sends_nobody_back_to_an_old_side_that_is_down() -> None:
+    """The figures may be bad because it is down; nothing grows, and once it answers the wave goes back."""
+    p = Pretend(plan(), 20)
+    p.until_wave(1, 2)
+    p.run(3)
+    p.old_up = False
+    p.samples[COMPLETENESS] = BAD
+    told = len(p.tells)
+    p.run(300)
+    assert p.on_new()
+    assert len(p.tells) == told
+    assert p.state.reason.startswith("waits for the old side")
+    assert sum(entry.kind == "breach_held" for entry in p.audit) == 1
+    p.old_up = True
+    p.step()
+    assert p.state.phase is Phase.HELD
+
+
 # -- a fleet that changes ------------------------------------------------------------------------------
 
 

@@ -669,6 +669,13 @@ class _Round:
             gate = by_text[result.gate]
             always = gate.zero_tolerance or gate.metric in OWN_METRICS
             if result.verdict is Verdict.REVERT and (watched or always):
+                if not self.seen.old_up:
+                    # Sent back now, devices would be served by nobody; nothing grows meanwhile either.
+                    reason = "waits for the old side, to send the wave back to it"
+                    if not self.state.reason.startswith(reason):
+                        self._note("breach_held", f"{reason}: {result.why}", gate=result.gate)
+                    self._set(reason=f"{reason}: {result.why}")
+                    return True
                 self._breach(result, result.why)
                 return True
         missing = [result for result in self.gates if result.missing]

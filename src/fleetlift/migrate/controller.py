@@ -38,7 +38,7 @@ from fleetlift.core.migration import (
     Tell,
     Verdict,
 )
-from fleetlift.core.orders import Orders
+from fleetlift.core.orders import DeviceReport, Orders
 from fleetlift.core.plan import Plan, Rung, check_amendment, ladder
 from fleetlift.core.timeline import GatePoint, TimelinePoint
 from fleetlift.levers.flag import FlagLever, Observed
@@ -391,6 +391,7 @@ class Runner:
         self._selected: tuple[object, frozenset[str]] | None = None
         self._adopted: tuple[object, ...] | None = None
         self._foreign: frozenset[str] = frozenset()  # ids that another tenant has at the new side
+        self._followed: dict[str, DeviceReport] = {}  # what the new side's routes were last set by
         self._sampled_at = 0.0
         self._sample_cost_s = 0.0
         self._down: dict[str, str] = {}
@@ -428,6 +429,7 @@ class Runner:
             await self._adopt(observed.fleet, plan)
         if fleet is not None and self._foreign:
             fleet = tuple(device for device in fleet if device.id not in self._foreign)
+        await self._follow_reports(observed)
         rungs = ladder(plan)
         state = stored.state
         rung = rungs[min(max(state.rung, 1), len(rungs) - 1)]
@@ -540,6 +542,23 @@ class Runner:
             log.warning("devices_of_another_tenant", migration=self.name, devices=foreign[:20])
         self._foreign = frozenset(foreign)
         self._adopted = basis
+
+    async def _follow_reports(self, observed: Observed) -> None:
+        """Have commands routed as devices say that they obey: each new word of theirs once."""
+        if not observed.new_up:
+            return
+        fresh = {
+            device: seen.report
+            for device, seen in observed.devices.items()
+            if seen.report is not None and seen.report != self._followed.get(device)
+        }
+        if fresh:
+            try:
+                await self._new.follow_reports(fresh)
+            except FleetError as error:
+                log.warning("reports_not_followed", migration=self.name, reason=str(error))
+            else:
+                self._followed.update(fresh)
 
     def _amended(
         self, stored: StoredMigration, asked: Sequence[Request], observed: Observed

@@ -29,6 +29,7 @@ from fleetlift.core.migration import DeviceObservation, FleetDevice
 from fleetlift.core.orders import (
     PROBE_COMMAND,
     SHADOW_NAME,
+    DevicePhase,
     DeviceReport,
     Endpoint,
     Flags,
@@ -234,13 +235,21 @@ class FleetliftSide:
         return refused
 
     async def _route(self, conn: Any, orders: Mapping[str, Orders]) -> set[str]:
-        """Write routes unless the store holds a newer epoch. Returns the devices whose order is newest."""
+        """Write routes unless the store holds a newer epoch. Returns the devices whose order is newest.
+
+        Between a side that alone executes and the other one, commands go by both until the device has said
+        what it obeys (`follow_reports`): by the new one alone they would not be executed while it still obeys
+        the old one, and the other way round. The device refuses the second copy.
+        """
         await conn.execute(
             "INSERT INTO device_route (device, epoch, migration, telemetry, commands, link) "
             "SELECT * FROM unnest($1::text[], $2::bigint[], $3::text[], $4::text[], $5::text[], $6::text[]) "
             "ON CONFLICT (device) DO UPDATE SET epoch = excluded.epoch, migration = excluded.migration, "
-            "telemetry = excluded.telemetry, commands = excluded.commands, link = excluded.link, "
-            "updated_at = now() WHERE device_route.epoch < excluded.epoch",
+            "telemetry = excluded.telemetry, link = excluded.link, updated_at = now(), "
+            "commands = CASE WHEN (device_route.commands, excluded.commands) IN "
+            "(('old', 'new'), ('dry-run', 'new'), ('new', 'old'), ('new', 'dry-run')) "
+            "THEN 'both' ELSE excluded.commands END "
+            "WHERE device_route.epoch < excluded.epoch",
             list(orders),
             [o.epoch for o in orders.values()],
             [o.migration for o in orders.values()],
@@ -257,6 +266,31 @@ class FleetliftSide:
             [o.migration for o in orders.values()],
         )
         return {row["device"] for row in rows}
+
+    async def follow_reports(self, reports: Mapping[str, DeviceReport]) -> None:
+        """Route commands as devices say that they obey, unless a newer order was given meanwhile.
+
+        A device that went back by itself, or was brought back while this side was away, is reached by the
+        side that it trusts now. The epoch stays: what a device says does not make later orders old.
+        """
+        settled = {d: r for d, r in reports.items() if r.phase is not DevicePhase.TRYING}
+        for chunk in _chunks(list(settled)):
+            said = [settled[device] for device in chunk]
+            with _reachable():
+                async with self._pool.acquire() as conn:
+                    await conn.execute(
+                        "UPDATE device_route r SET telemetry = o.telemetry, commands = o.commands, "
+                        "link = o.link, updated_at = now() FROM unnest($1::text[], $2::bigint[], $3::text[], "
+                        "$4::text[], $5::text[]) o(device, epoch, telemetry, commands, link) "
+                        "WHERE r.device = o.device AND r.epoch <= o.epoch AND "
+                        "(r.telemetry, r.commands, r.link) IS DISTINCT FROM "
+                        "(o.telemetry, o.commands, o.link)",
+                        chunk,
+                        [report.epoch for report in said],
+                        [report.flags.telemetry.value for report in said],
+                        [report.flags.commands.value for report in said],
+                        [report.flags.link.value for report in said],
+                    )
 
     @staticmethod
     def _older(orders: Mapping[str, Orders]) -> Callable[[str, JsonObject | None], str | None]:
