@@ -7,15 +7,14 @@ import paho.mqtt.client as mqtt
 
 
 class PahoDevice:
-    """Connects as a device and publishes with QoS 1. `acknowledged` holds the payloads that had a PUBACK."""
+    """Connects as a device and publishes with QoS 1, at most 65,535 messages (packet ids are not reused)."""
 
     def __init__(self, device: str, password: str, address: tuple[str, int]) -> None:
         self.device = device
-        self.acknowledged: set[bytes] = set()
         self.refused: list[str] = []
         self.connected = threading.Event()
         self._sent: dict[int, bytes] = {}
-        self._lock = threading.Lock()
+        self._acknowledged: list[int] = []  # packet ids; a PUBACK may be seen before `publish` has returned
         self._client = mqtt.Client(
             mqtt.CallbackAPIVersion.VERSION2, client_id=device, clean_session=False, protocol=mqtt.MQTTv311
         )
@@ -33,14 +32,15 @@ class PahoDevice:
             self.connected.set()
 
     def _on_publish(self, client: Any, data: Any, mid: int, reason: Any, properties: Any) -> None:
-        with self._lock:
-            payload = self._sent.pop(mid, None)
-            if payload is not None:
-                self.acknowledged.add(payload)
+        self._acknowledged.append(mid)
+
+    @property
+    def acknowledged(self) -> set[bytes]:
+        """The payloads that had a PUBACK."""
+        return {self._sent[mid] for mid in list(self._acknowledged) if mid in self._sent}
 
     def publish(self, topic: str, payload: bytes) -> None:
-        with self._lock:
-            self._sent[self._client.publish(topic, payload, qos=1).mid] = payload
+        self._sent[self._client.publish(topic, payload, qos=1).mid] = payload
 
     def close(self) -> None:
         self._client.disconnect()

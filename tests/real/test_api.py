@@ -201,6 +201,7 @@ ROUTES: list[tuple[str, str, Any, str]] = [
     ("DELETE", f"{V1}/devices/car-2", None, "admin"),
     ("GET", f"{V1}/devices/car-1/telemetry", None, "viewer"),
     ("GET", f"{V1}/devices/car-1/telemetry/latest", None, "viewer"),
+    ("GET", f"{V1}/devices/car-1/ledger", None, "viewer"),
     ("GET", f"{V1}/dead-letters", None, "viewer"),
     ("POST", f"{V1}/devices/car-1/commands", {"name": "lock"}, "operator"),
     ("GET", f"{V1}/devices/car-1/commands", None, "viewer"),
@@ -299,6 +300,7 @@ async def test_a_tenant_sees_only_its_own(house: House) -> None:
             "/devices/car-1",
             "/devices/car-1/telemetry",
             "/devices/car-1/telemetry/latest",
+            "/devices/car-1/ledger",
             "/devices/car-1/commands",
             "/devices/car-1/shadow",
             "/devices/car-1/shadows",
@@ -516,6 +518,25 @@ async def test_telemetry_comes_back_as_it_was_sent(house: House) -> None:
     is_problem(await viewer.get(path, params={"since": "yesterday"}), 400)
     is_problem(await viewer.get(path, params={"since": items[3]["ts"], "until": items[1]["ts"]}), 400)
     is_problem(await viewer.get(path, params={"order": "random"}), 400)
+
+
+async def test_the_ledger_shows_gaps_and_doubles_by_path(house: House) -> None:
+    """What each path brought, what it lacks of what any path brought, and what nobody brought."""
+    insert = (
+        "INSERT INTO ledger (device, channel, path, ranges, received, doubles, first_at, last_at) "
+        "VALUES ('car-1', 'obd', $1, $2::text::int8multirange, $3, $4, now(), now())"
+    )
+    async with house.ctx.pool.acquire() as conn:
+        await conn.execute(insert, "legacy", "{[1,6)}", 7, 2)
+        await conn.execute(insert, "mqtt", "{[4,5),[8,11)}", 4, 0)
+    items = (await house["viewer@carshare"].get(f"{V1}/devices/car-1/ledger")).json()["items"]
+    assert [
+        (a["path"], a["distinct"], a["missing"], a["doubles"], a["ranges"], a["gaps"]) for a in items
+    ] == [
+        ("legacy", 5, 5, 2, [[1, 5]], [[6, 10]]),
+        ("mqtt", 4, 6, 0, [[4, 4], [8, 10]], [[1, 3], [5, 7]]),
+        ("any", 8, 2, 2, [[1, 5], [8, 10]], [[6, 7]]),
+    ]
 
 
 async def test_messages_outlive_their_device_for_those_who_see_everything(house: House) -> None:

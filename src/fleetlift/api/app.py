@@ -11,7 +11,18 @@ from litestar import Litestar, Response, Router
 from litestar.datastructures import State
 from litestar.middleware import DefineMiddleware
 
-from fleetlift.api import access, commands, devices, health, migrations, openapi, problems, shadows, telemetry
+from fleetlift.api import (
+    access,
+    commands,
+    devices,
+    health,
+    ledger,
+    migrations,
+    openapi,
+    problems,
+    shadows,
+    telemetry,
+)
 from fleetlift.api.auth import BearerAuthentication, require_role
 from fleetlift.api.wire import Services
 from fleetlift.backend.context import Context
@@ -40,6 +51,7 @@ def make_app(found: Services) -> Litestar:
         route_handlers=[
             devices.router,
             telemetry.router,
+            ledger.router,
             commands.router,
             shadows.router,
             migrations.router,

@@ -47,7 +47,9 @@ AREAS: dict[str, Area] = {
     "device": Area(
         "Devices: list, show, put, delete; run one by hand.", (CLI + "devices:app", CLI + "device:app"), LOOK
     ),
-    "telemetry": Area("What devices sent: list stored messages.", (CLI + "telemetry:app",), LOOK),
+    "telemetry": Area(
+        "What devices sent: stored messages, the ledger, dead letters.", (CLI + "telemetry:app",), LOOK
+    ),
     "command": Area("Commands to devices: send, show, list.", (CLI + "command:app",), LOOK),
     "shadow": Area("Desired and reported state: get, set, delete.", (CLI + "shadow:app",), LOOK),
     "demo": Area(

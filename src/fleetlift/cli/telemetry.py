@@ -51,6 +51,40 @@ def list_(
     )
 
 
+@app.command()
+def ledger(
+    device: Annotated[str, typer.Argument(help="The device.")],
+    data: Data = None,
+    as_json: Json = False,
+) -> None:
+    """Show which messages came by which path, what is missing and what came twice, channel by channel."""
+    from fleetlift.cli.screen import listing, when
+
+    with connect(data) as api:
+        items = api.get(f"/devices/{segment(device)}/ledger")["items"]
+    listing(
+        items,
+        [
+            ("Channel", lambda a: a["channel"]),
+            ("Path", lambda a: a["path"]),
+            ("Numbers", lambda a: spans(a["ranges"], 3)),
+            ("Messages", lambda a: a["distinct"]),
+            ("Missing", lambda a: a["missing"]),
+            ("Gaps", lambda a: spans(a["gaps"], 3)),
+            ("Doubles", lambda a: a["doubles"]),
+            ("Last", lambda a: when(a["last_at"])),
+        ],
+        as_json=as_json,
+        empty="Nothing has come from it.",
+    )
+
+
+def spans(ranges: list[list[int]], most: int) -> str:
+    """Ranges of numbers in short: `1–5, 8, … 3 more`."""
+    shown = [str(first) if first == last else f"{first}–{last}" for first, last in ranges[:most]]
+    return ", ".join(shown) + (f", … {len(ranges) - most} more" if len(ranges) > most else "")
+
+
 @app.command("dead-letters")
 def dead_letters(
     device: Annotated[

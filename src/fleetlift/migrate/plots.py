@@ -33,7 +33,7 @@ class Mark(msgspec.Struct, frozen=True, kw_only=True):
 
 def nice_ticks(low: float, high: float, count: int = 4) -> list[float]:
     """Round figures (1, 2 or 5 times a power of ten) that span low..high, at most `count` + 2 of them."""
-    if not high > low:
+    if high - low <= 1e-9 * max(abs(low), abs(high), 1e-3):  # next to nothing lies between them
         high = low + 1
     raw = (high - low) / count
     power = 10.0 ** math.floor(math.log10(raw))
