@@ -8,7 +8,7 @@ import pytest
 
 from fleetlift.core.gates import Source, parse_query_gate
 from fleetlift.core.migration import Sample
-from fleetlift.migrate import measure
+from fleetlift.migrate import free_queries
 from fleetlift.migrate.check import unreadable
 from fleetlift.store.pool import Pool
 
@@ -16,7 +16,7 @@ SECRET = "SELECT length(string_agg(value, '')) FROM device_credential"
 
 
 async def asked(pool: Pool, query: str) -> Sample:
-    return await measure.free_sql(pool, query)
+    return await free_queries.free_sql(pool, query)
 
 
 @pytest.mark.parametrize(
@@ -120,12 +120,12 @@ async def test_a_prometheus_server_that_never_ends_is_no_data(
     monkeypatch: pytest.MonkeyPatch, behaviour: "type[object]"
 ) -> None:
     """The round goes on: neither its time nor its memory is the other server's to take."""
-    monkeypatch.setattr(measure, "QUERY_TIMEOUT_S", 0.8)
+    monkeypatch.setattr(free_queries, "QUERY_TIMEOUT_S", 0.8)
     server = await asyncio.start_server(behaviour, "127.0.0.1", 0)  # type: ignore[arg-type]
     port = server.sockets[0].getsockname()[1]
     try:
         async with asyncio.timeout(3):
-            sample = await measure.prometheus(f"http://127.0.0.1:{port}", "up")
+            sample = await free_queries.prometheus(f"http://127.0.0.1:{port}", "up")
         assert sample.value is None
         assert not flooded
     finally:

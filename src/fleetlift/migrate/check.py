@@ -14,7 +14,7 @@ from fleetlift.core.plan import Plan, gates_of, ladder
 from fleetlift.core.units import Share, format_devices
 from fleetlift.core.waves import approved, ordered
 from fleetlift.migrate.controller import read_inventory, selected
-from fleetlift.migrate.measure import free_sql, prometheus
+from fleetlift.migrate.free_queries import free_sql, prometheus
 from fleetlift.migrate.planfile import parse_plan
 from fleetlift.store import engine as store
 from fleetlift.store.pool import Pool

@@ -46,9 +46,10 @@ from fleetlift.log import get_logger
 from fleetlift.migrate import journal as journals
 from fleetlift.migrate.bridge import Bridge
 from fleetlift.migrate.journal import Journal
-from fleetlift.migrate.measure import Measurer, standing_flags
+from fleetlift.migrate.measure import Measurer
 from fleetlift.migrate.planfile import parse_plan
 from fleetlift.migrate.status import side_of
+from fleetlift.migrate.wave import standing_flags
 from fleetlift.sides.fleetlift import FleetliftSide, endpoint_of, engine_key
 from fleetlift.sides.open import connect_side
 from fleetlift.store import engine as store

@@ -5,15 +5,13 @@ A measurement is of the open wave: the devices that it raised, since they have m
 evidence it was computed from; what cannot be measured has no value, and a gate never passes on that.
 """
 
-import asyncio
 import time
 from collections import deque
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
-from datetime import UTC, datetime
+from datetime import datetime
 from typing import Any
 
 import asyncpg
-import httpx
 import msgspec
 
 from fleetlift.core.command import uuid7
@@ -22,35 +20,28 @@ from fleetlift.core.delays import quantile
 from fleetlift.core.errors import FleetError
 from fleetlift.core.gates import Gate, Source
 from fleetlift.core.migration import (
-    Member,
-    MemberState,
     MigrationState,
     Sample,
 )
 from fleetlift.core.orders import (
     PROBE_COMMAND,
     TRY_CHANNEL,
-    CommandsFlag,
-    Flags,
     TelemetryFlag,
 )
 from fleetlift.core.plan import Rung
 from fleetlift.core.telemetry import MQTT_PATH
 from fleetlift.log import get_logger
+from fleetlift.migrate.command_outcomes import measure_commands
+from fleetlift.migrate.free_queries import free_sql, prometheus
+from fleetlift.migrate.wave import EXAMPLES, QUANTILES, Wave, moment, open_wave, standing_flags, summary
 from fleetlift.store.pool import Conn, Pool
 
 log = get_logger(__name__)
 
 DELAY_SPAN_S = 600.0  # delays and comparisons look back at most so far: a long bake stays cheap to measure
-OLD_COMMANDS_SPAN_S = 3600.0
 FLAP_SPAN_S = 300.0
 FLAP_CONNECTS = 3
 FRESH_S = 2.0  # the account of telemetry is written at least every second
-QUERY_TIMEOUT_S = 3.0
-GATE_ROLE = "fleetlift_gates"  # made by store/migrations/0004_gate_role.sql
-PROMETHEUS_BYTES_MAX = 1024 * 1024
-EXAMPLES = 10
-_QUANTILES = {"p50": 0.5, "p95": 0.95, "p99": 0.99}
 
 Top = dict[tuple[str, str], int]  # the highest seq known of each (device, channel)
 
@@ -72,8 +63,8 @@ class Tops:
     def before(self, at: float) -> Top:
         """The newest that was known at `at`; empty when nothing is remembered of then."""
         known: Top = {}
-        for moment, top in self._history:
-            if moment > at:
+        for then, top in self._history:
+            if then > at:
                 break
             known = top
         return known
@@ -97,34 +88,6 @@ class LogEnds:
     def reached(self, created: datetime, seq: int) -> bool:
         """Whether a reader at this position has all that was in the log `within_s` ago."""
         return bool(self._history) and created == self._history[0][1] and seq >= self._history[0][2]
-
-
-class Wave(msgspec.Struct, frozen=True, kw_only=True):
-    """The open wave's devices: all that were told, and those of them that have moved."""
-
-    told: tuple[Member, ...]
-    moved: tuple[Member, ...]
-
-
-def open_wave(state: MigrationState) -> Wave:
-    """The members that the open wave has raised (or is raising)."""
-    told = tuple(
-        m
-        for m in state.members.values()
-        if m.rung == state.rung
-        and m.wave == state.wave
-        and m.epoch > 0
-        and m.state in (MemberState.MOVING, MemberState.MOVED, MemberState.STRAGGLER)
-    )
-    return Wave(told=told, moved=tuple(m for m in told if m.state is MemberState.MOVED))
-
-
-def _time(at: float) -> datetime:
-    return datetime.fromtimestamp(at, UTC)
-
-
-def _summary(text: str, **more: Any) -> dict[str, Any]:
-    return {"summary": text, **more}
 
 
 class Measurer:
@@ -240,7 +203,7 @@ class Measurer:
         groups: list[tuple[str, Callable[[Conn], Any]]] = [
             ("telemetry.completeness", lambda c: self._completeness(c, wave, rung, now)),
             ("telemetry.delay", lambda c: self._delays(c, wave, state, rungs, since, now)),
-            ("commands.", lambda c: self._commands(c, wave, state, rungs, rung, since, now)),
+            ("commands.", lambda c: measure_commands(c, wave, state, rungs, rung, since, now)),
             ("connections.", lambda c: self._flapping(c, wave, since, now)),
         ]
         for prefix, measure in groups:
@@ -251,14 +214,14 @@ class Measurer:
                 async with self._backend.acquire() as conn:
                     stale = await self._stale(conn, rung, now) if prefix.startswith("telemetry.") else ""
                     if stale:
-                        found.update({m: Sample(value=None, evidence=_summary(stale)) for m in wanted})
+                        found.update({m: Sample(value=None, evidence=summary(stale)) for m in wanted})
                     else:
                         found.update(await measure(conn))
             except (OSError, TimeoutError, asyncpg.PostgresError, asyncpg.InterfaceError) as error:
                 log.warning("measurement_failed", migration=self._name, metric=prefix, error=str(error))
                 for metric in wanted:
                     found[metric] = Sample(
-                        value=None, evidence=_summary(f"not measured: {type(error).__name__}")
+                        value=None, evidence=summary(f"not measured: {type(error).__name__}")
                     )
         samples: dict[str, Sample] = {}
         for gate in gates:
@@ -293,7 +256,7 @@ class Measurer:
     async def _completeness(self, conn: Conn, wave: Wave, rung: Rung, now: float) -> dict[str, Sample]:
         name = "telemetry.completeness"
         if not wave.moved or rung.flags.telemetry is TelemetryFlag.OLD:
-            return {name: Sample(value=None, evidence=_summary("no device of the wave has moved"))}
+            return {name: Sample(value=None, evidence=summary("no device of the wave has moved"))}
         await self.note_baselines({m.device: m.epoch for m in wave.moved})
         top: Top = {}
         settled: Top = {}
@@ -330,14 +293,14 @@ class Measurer:
             EXAMPLES,
         )
         if not rows:
-            return {name: Sample(value=None, evidence=_summary("no numbered message is old enough to judge"))}
+            return {name: Sample(value=None, evidence=summary("no numbered message is old enough to judge"))}
         expected, missing, devices = rows[0]["all_expected"], rows[0]["all_missing"], rows[0]["all_devices"]
         noun = "device" if devices == 1 else "devices"
         return {
             name: Sample(
                 value=100.0 * (expected - missing) / expected,
                 n=expected,
-                evidence=_summary(
+                evidence=summary(
                     f"{missing:,} of {expected:,} missing" + (f", {devices:,} {noun}" if missing else ""),
                     expected=expected,
                     missing=missing,
@@ -386,102 +349,18 @@ class Measurer:
             if sum(old) >= 20:
                 break
         samples = {}
-        for label, q in _QUANTILES.items():
+        for label, q in QUANTILES.items():
             value, before = quantile(new, q), quantile(old, q)
             samples[f"telemetry.delay.{label}"] = Sample(
                 value=value,
                 n=sum(new),
                 old=before,
                 old_n=sum(old),
-                evidence=_summary(
+                evidence=summary(
                     f"n = {sum(new):,}, old n = {sum(old):,} ({basis})", basis=basis, old_n=sum(old)
                 ),
             )
         return samples
-
-    # -- commands ----------------------------------------------------------------------------------------
-
-    async def _commands(
-        self,
-        conn: Conn,
-        wave: Wave,
-        state: MigrationState,
-        rungs: Sequence[Rung],
-        rung: Rung,
-        since: float,
-        now: float,
-    ) -> dict[str, Sample]:
-        row = await conn.fetchrow(
-            _COMMANDS_SQL,
-            [m.device for m in wave.moved],
-            [_time(max(since, m.moved_at or since)) for m in wave.moved],
-            uuid7(since, 0),
-            PROBE_COMMAND,
-            rung.commands_timeout_s,
-            _time(now),
-            EXAMPLES,
-        )
-        assert row is not None
-        agreed, judged = row["agreed"], row["judged"]
-        examples = msgspec.json.decode(row["examples"]) if row["examples"] else []
-        twice = msgspec.json.decode(row["twice_examples"]) if row["twice_examples"] else []
-        differ = judged - agreed
-        old_latency, old_n = row["old_latency"], row["old_n"]
-        basis = "the same commands"
-        if old_n < 5:
-            basis = "the old side, other devices or earlier"
-            staying = [
-                m.device
-                for m in state.members.values()
-                if standing_flags(m, rungs).commands is not CommandsFlag.NEW and m.wave != state.wave
-            ]
-            other = await conn.fetchrow(
-                _OLD_COMMANDS_SQL,
-                [m.device for m in wave.told] + staying,
-                uuid7(max(0.0, since - OLD_COMMANDS_SPAN_S), 0),
-                PROBE_COMMAND,
-                rung.commands_timeout_s,
-                _time(now),
-            )
-            assert other is not None
-            old_latency, old_n = other["latency"], other["n"]
-            old_good, old_settled = other["good"], other["settled"]
-        else:
-            old_good, old_settled = row["old_good"], row["old_settled"]
-        found = {
-            "commands.agreement": Sample(
-                value=100.0 * agreed / judged if judged else None,
-                n=judged,
-                evidence=_summary(
-                    f"{differ:,} of {judged:,} differ" if judged else "no command has been answered yet",
-                    examples=examples,
-                    pending=row["pending"],
-                ),
-            ),
-            "commands.success": Sample(
-                value=100.0 * row["new_good"] / row["new_settled"] if row["new_settled"] else None,
-                n=row["new_settled"],
-                old=100.0 * old_good / old_settled if old_settled else None,
-                old_n=old_settled,
-                evidence=_summary(
-                    f"{row['new_good']:,} of {row['new_settled']:,} by the new side", pending=row["pending"]
-                ),
-            ),
-            "commands.executed_twice": Sample(
-                value=float(row["twice"]) if row["total"] else None,
-                n=row["total"],
-                evidence=_summary(f"{row['twice']:,} of {row['total']:,}", examples=twice),
-            ),
-        }
-        for place, label in enumerate(_QUANTILES):
-            found[f"commands.latency.{label}"] = Sample(
-                value=row["new_latency"][place] if row["new_n"] else None,
-                n=row["new_n"],
-                old=old_latency[place] if old_n else None,
-                old_n=old_n,
-                evidence=_summary(f"n = {row['new_n']:,}, old n = {old_n:,} ({basis})", basis=basis),
-            )
-        return found
 
     # -- connections -------------------------------------------------------------------------------------
 
@@ -492,8 +371,8 @@ class Measurer:
             "WHERE e.connected AND e.at >= $3 AND e.at >= d.since "
             "GROUP BY e.device HAVING count(*) >= $4 ORDER BY 2 DESC",
             [m.device for m in wave.moved],
-            [_time(m.moved_at or since) for m in wave.moved],
-            _time(max(since, now - FLAP_SPAN_S)),
+            [moment(m.moved_at or since) for m in wave.moved],
+            moment(max(since, now - FLAP_SPAN_S)),
             FLAP_CONNECTS,
         )
         moved = len(wave.moved)
@@ -501,7 +380,7 @@ class Measurer:
             "connections.flapping": Sample(
                 value=float(len(rows)) if moved else None,
                 n=moved,
-                evidence=_summary(
+                evidence=summary(
                     f"{len(rows):,} of {moved:,} devices",
                     examples=[
                         {"device": row["device"], "connects": row["connects"]} for row in rows[:EXAMPLES]
@@ -522,8 +401,8 @@ class Measurer:
                 "/ 10.0 AS rate FROM receipt_window WHERE window_start >= $2 AND path = ANY($5::text[]) "
                 "AND device = ANY($1::text[]) GROUP BY path",
                 devices,
-                _time(window - 10),
-                _time(window),
+                moment(window - 10),
+                moment(window),
                 share,
                 [MQTT_PATH, self._old_path],
             )
@@ -542,128 +421,11 @@ class Measurer:
                 "WHERE p.ended_at >= $2 AND c.id >= $3 AND p.device = ANY($1::text[]) AND c.name <> $4 "
                 "AND p.status NOT IN ('expired', 'unreachable') GROUP BY p.path",
                 devices,
-                _time(now - 30),
+                moment(now - 30),
                 uuid7(now - 90, 0),
                 PROBE_COMMAND,
             )
         return {row["path"]: (row["q"][0], row["q"][1]) for row in rows}
-
-
-def standing_flags(member: Member, rungs: Sequence[Rung]) -> Flags:
-    """The flags that a member obeys as far as is known: those of its rung once it has moved there."""
-    at = member.came_from if member.state in (MemberState.MOVING, MemberState.STRAGGLER) else member.rung
-    return rungs[min(at, len(rungs) - 1)].flags
-
-
-def number(value: object) -> Sample:
-    """A sample of whatever a query returned; no value when that is no number."""
-    if value is None or isinstance(value, bool):
-        return Sample(value=None, evidence=_summary("the query returned no number"))
-    try:
-        return Sample(value=float(value), n=1)  # type: ignore[arg-type]
-    except (TypeError, ValueError):
-        return Sample(value=None, evidence=_summary("the query returned no number"))
-
-
-async def free_sql(pool: Pool, query: str) -> Sample:
-    """The one number that `query` returns, within a few seconds; no value when it returns anything else.
-
-    It is read-only and runs as `GATE_ROLE`, which may read what gates are about and no credential, and cannot
-    become its owner again: one statement, and none of the functions that would change the role.
-    """
-    try:
-        async with (
-            asyncio.timeout(QUERY_TIMEOUT_S + 1),
-            pool.acquire() as conn,
-            conn.transaction(readonly=True),
-        ):
-            if not await conn.fetchval(_GATE_ROLE_IS_SAFE, GATE_ROLE):
-                return Sample(
-                    value=None,
-                    evidence=_summary(
-                        f"this database has no safe role {GATE_ROLE} for free queries: docs/engines.md says "
-                        "how its administrator makes one"
-                    ),
-                )
-            await conn.execute(
-                f"SET LOCAL statement_timeout = {int(QUERY_TIMEOUT_S * 1000)}; SET LOCAL ROLE {GATE_ROLE}"
-            )
-            rows = await conn.fetch(f"SELECT * FROM (\n{query.rstrip().rstrip(';')}\n) gate LIMIT 2")
-    except (OSError, TimeoutError, asyncpg.PostgresError, asyncpg.InterfaceError) as error:
-        return Sample(value=None, evidence=_summary(f"the query failed: {_why(error)}"))
-    if len(rows) != 1 or len(rows[0]) != 1:
-        return Sample(value=None, evidence=_summary("the query must return one row with one number"))
-    return number(rows[0][0])
-
-
-def _why(error: Exception) -> str:
-    """What may be told to whoever reads the evidence: the server's words only where they quote no row."""
-    text = str(error)[:200]
-    state = getattr(error, "sqlstate", None) or ""
-    return text if text and state[:2] in ("42", "57") else type(error).__name__
-
-
-# A gate's query must not be able to leave the role, nor be the owner by membership.
-_GATE_ROLE_IS_SAFE = """
-SELECT NOT rolsuper
-    AND NOT has_function_privilege(oid, 'pg_catalog.set_config(text, text, boolean)', 'EXECUTE')
-    AND NOT has_function_privilege(oid, 'pg_catalog.pg_notify(text, text)', 'EXECUTE')
-    AND NOT has_table_privilege(oid, 'device_credential', 'SELECT')
-    AND NOT has_table_privilege(oid, 'api_token', 'SELECT')
-    AND pg_has_role(session_user, oid, 'SET')
-FROM pg_roles WHERE rolname = $1
-"""
-
-
-class _PrometheusData(msgspec.Struct, frozen=True):
-    result: msgspec.Raw
-    resultType: str = ""  # noqa: N815 (the name in Prometheus's answer)
-
-
-class _Prometheus(msgspec.Struct, frozen=True):
-    status: str
-    data: _PrometheusData | None = None
-    error: str = ""
-
-
-class _Series(msgspec.Struct, frozen=True):
-    value: tuple[float, str]
-
-
-def read_prometheus(body: bytes) -> Sample:
-    """The one number in an answer of `/api/v1/query` (Prometheus HTTP API, "Instant queries")."""
-    try:
-        answer = msgspec.json.decode(body, type=_Prometheus)
-        if answer.status != "success" or answer.data is None:
-            return Sample(value=None, evidence=_summary(f"Prometheus says: {answer.error[:200]}"))
-        if answer.data.resultType == "scalar":
-            return number(msgspec.json.decode(answer.data.result, type=tuple[float, str])[1])
-        series = msgspec.json.decode(answer.data.result, type=list[_Series])
-    except msgspec.MsgspecError as error:
-        return Sample(value=None, evidence=_summary(f"not an answer of Prometheus: {error}"))
-    if len(series) != 1:
-        return Sample(
-            value=None, evidence=_summary(f"the query returned {len(series)} series, one is expected")
-        )
-    return number(series[0].value[1])
-
-
-async def prometheus(url: str, query: str) -> Sample:
-    """Ask a Prometheus server; no value when it does not answer with one number in time."""
-    try:
-        async with (
-            asyncio.timeout(QUERY_TIMEOUT_S),
-            httpx.AsyncClient(timeout=QUERY_TIMEOUT_S, trust_env=False) as client,
-            client.stream("GET", f"{url.rstrip('/')}/api/v1/query", params={"query": query}) as answer,
-        ):
-            body = b""
-            async for part in answer.aiter_bytes(64 * 1024):
-                body += part
-                if len(body) > PROMETHEUS_BYTES_MAX:
-                    return Sample(value=None, evidence=_summary("the answer of Prometheus is too long"))
-    except (httpx.HTTPError, httpx.InvalidURL, OSError) as error:
-        return Sample(value=None, evidence=_summary(f"Prometheus did not answer: {type(error).__name__}"))
-    return read_prometheus(body)
 
 
 async def _delay_counts(
@@ -677,8 +439,8 @@ async def _delay_counts(
         "CROSS JOIN LATERAL unnest(w.delay_counts) WITH ORDINALITY u(n, place) "
         "WHERE w.window_start >= $1 AND w.window_start <= $2 AND w.path = $3 AND w.device = ANY($4::text[]) "
         "GROUP BY 1 HAVING sum(u.n) > 0 ORDER BY 1",
-        _time(since - since % 10),
-        _time(until),
+        moment(since - since % 10),
+        moment(until),
         path,
         devices,
     )
@@ -709,86 +471,4 @@ z AS (
            count(DISTINCT device) FILTER (WHERE missing > 0) AS all_devices FROM y)
 SELECT y.device, y.channel, y.expected, y.missing, left(y.miss::text, 200) AS gaps, z.*
 FROM y CROSS JOIN z ORDER BY y.missing DESC, y.device, y.channel LIMIT $7
-"""
-
-# A path's outcome: good, bad, second (duplicate), none (no answer in time), open (not due yet).
-_OUTCOME = """CASE
-    WHEN {p}.command IS NULL THEN NULL
-    WHEN {p}.ended_at IS NULL AND c.due > $now THEN 'open'
-    WHEN {p}.ended_at IS NULL OR {p}.ended_at > c.due OR {p}.status IN ('expired', 'unreachable') THEN 'none'
-    WHEN {p}.status IN ('succeeded', 'would-execute') THEN 'good'
-    WHEN {p}.status = 'duplicate' THEN 'second'
-    ELSE 'bad' END"""
-# Unanswered commands count as slow, with the time they were waited for.
-_LATENCY = """extract(epoch FROM CASE
-    WHEN {p}.ended_at IS NOT NULL AND {p}.status NOT IN ('expired', 'unreachable')
-        THEN {p}.ended_at - coalesce({p}.sent_at, {p}.created_at)
-    ELSE c.due - {p}.created_at END)::float8"""
-
-
-def _outcome(path: str, now: str) -> str:
-    return _OUTCOME.format(p=path).replace("$now", now)
-
-
-_COMMANDS_SQL = f"""
-WITH d AS (SELECT * FROM unnest($1::text[], $2::timestamptz[]) d(device, since)),
-c AS (
-    SELECT c.id, c.device, c.name, least(c.expires_at, c.created_at + make_interval(secs => $5)) AS due
-    FROM d JOIN command c ON c.device = d.device AND c.id >= $3::uuid AND c.created_at >= d.since
-    WHERE c.name <> $4),
-x AS (
-    SELECT c.id, c.device, c.name, n.mode AS new_mode, o.mode AS old_mode, n.status AS new_status,
-        o.status AS old_status, {_outcome("n", "$6")} AS new, {_outcome("o", "$6")} AS old,
-        {_LATENCY.format(p="n")} AS new_latency, {_LATENCY.format(p="o")} AS old_latency,
-        n.mode = 'execute' AND o.mode = 'execute'
-            AND (n.status = 'succeeded' OR n.detail->'late'->>'status' = 'succeeded')
-            AND (o.status = 'succeeded' OR o.detail->'late'->>'status' = 'succeeded') AS twice
-    FROM c LEFT JOIN command_path n ON n.command = c.id AND n.path = 'new'
-           LEFT JOIN command_path o ON o.command = c.id AND o.path = 'old'),
-y AS (
-    SELECT x.*,
-        CASE
-            WHEN new IS NULL OR new = 'open' OR old = 'open' THEN NULL
-            WHEN old IS NULL THEN new IN ('good', 'bad')
-            WHEN old = 'none' AND new = 'none' THEN NULL
-            WHEN new_mode = 'dry-run' OR old_mode = 'dry-run' THEN old = new AND old IN ('good', 'bad')
-            ELSE (old IN ('good', 'bad') AND new = 'second') OR (new IN ('good', 'bad') AND old = 'second')
-        END AS agreed
-    FROM x)
-SELECT count(*) FILTER (WHERE new IS NOT NULL) AS total,
-    count(*) FILTER (WHERE agreed) AS agreed,
-    count(*) FILTER (WHERE agreed IS NOT NULL) AS judged,
-    count(*) FILTER (WHERE new = 'open' OR old = 'open') AS pending,
-    count(*) FILTER (WHERE twice) AS twice,
-    count(*) FILTER (WHERE new = 'good') AS new_good,
-    count(*) FILTER (WHERE new IN ('good', 'bad', 'none')) AS new_settled,
-    count(*) FILTER (WHERE old = 'good') AS old_good,
-    count(*) FILTER (WHERE old IN ('good', 'bad', 'none')) AS old_settled,
-    count(*) FILTER (WHERE new <> 'open') AS new_n,
-    count(*) FILTER (WHERE old <> 'open') AS old_n,
-    percentile_cont(ARRAY[0.5, 0.95, 0.99]) WITHIN GROUP (ORDER BY new_latency)
-        FILTER (WHERE new <> 'open') AS new_latency,
-    percentile_cont(ARRAY[0.5, 0.95, 0.99]) WITHIN GROUP (ORDER BY old_latency)
-        FILTER (WHERE old <> 'open') AS old_latency,
-    (SELECT json_agg(json_build_object('command', id, 'device', device, 'name', name, 'old', old_status,
-        'new', new_status))
-        FROM (SELECT * FROM y WHERE NOT agreed ORDER BY id DESC LIMIT $7) e)::text AS examples,
-    (SELECT json_agg(json_build_object('command', id, 'device', device, 'name', name))
-        FROM (SELECT * FROM y WHERE twice ORDER BY id LIMIT $7) e)::text AS twice_examples
-FROM y
-"""
-
-_OLD_COMMANDS_SQL = f"""
-WITH c AS (
-    SELECT c.id, least(c.expires_at, c.created_at + make_interval(secs => $4)) AS due FROM command c
-    WHERE c.device = ANY($1::text[]) AND c.id >= $2::uuid AND c.name <> $3),
-x AS (
-    SELECT {_outcome("o", "$5")} AS old, {_LATENCY.format(p="o")} AS latency
-    FROM c JOIN command_path o ON o.command = c.id AND o.path = 'old')
-SELECT count(*) FILTER (WHERE old <> 'open') AS n,
-    count(*) FILTER (WHERE old = 'good') AS good,
-    count(*) FILTER (WHERE old IN ('good', 'bad', 'none')) AS settled,
-    percentile_cont(ARRAY[0.5, 0.95, 0.99]) WITHIN GROUP (ORDER BY latency)
-        FILTER (WHERE old <> 'open') AS latency
-FROM x
 """
