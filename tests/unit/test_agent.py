@@ -393,6 +393,20 @@ def test_a_new_side_lost_for_longer_than_the_limit_sends_the_device_back(f: Flag
     assert w.drained() and not w.lost()
 
 
+def test_a_side_that_hangs_is_lost_since_it_owes_an_answer() -> None:
+    """Connected and silent is as lost as gone: the limit counts from the first message left unanswered."""
+    w = World()
+    w.run(1)
+    w.move(BOTH, new_lost_limit_s=20.0)
+    w.run(1)
+    w.set_state(NEW, "silent")
+    w.produce(5)
+    w.run(18)
+    assert w.in_phase(DevicePhase.MOVED)
+    w.run(3)
+    assert w.in_phase(DevicePhase.WENT_BACK)
+
+
 def test_once_moved_a_new_order_applies_at_once() -> None:
     w = World()
     w.run(1)

@@ -764,6 +764,9 @@ class Agent:
                 self._out.append(Close(link.path))
                 self._down(link, f"no answer within {self.settings.connect_within_s:g} s", now)
             elif link.state is LinkState.UP and self._overdue(link, now):
+                # Lost since it last owed something, not since that was noticed.
+                if link.down_since is None:
+                    link.down_since = self._owed_since(link)
                 self._out.append(Close(link.path))
                 self._down(link, f"no acknowledgement within {self.settings.acked_within_s:g} s", now)
         elif link.state is not LinkState.DOWN:

@@ -61,6 +61,7 @@ log = get_logger(__name__)
 STEPS = ("observed", "decided", "committed", "journaled", "told", "sampled")
 ROUND_EVERY_S = 0.5
 ROUND_SHARE = 0.25  # a round of a large fleet takes at most this share of the time
+PAUSE_MOST_S = 3.0  # a round that waited for a side that hangs must not be followed by as long a pause
 SAMPLE_EVERY_S = 1.0
 LEADER = "migration controller"
 ERROR_PAUSE_S = 2.0
@@ -233,6 +234,11 @@ async def _lead_forever(ctx: Context, engine: Pool, switch: KillSwitch) -> None:
         await asyncio.sleep(ERROR_PAUSE_S)
 
 
+def pause_after(took_s: float, every_s: float = ROUND_EVERY_S) -> float:
+    """How long to wait, in seconds, after a round that took so long."""
+    return max(every_s - took_s, min(took_s / ROUND_SHARE - took_s, PAUSE_MOST_S), 0.05)
+
+
 class Controller:
     """Runs every migration that is not released, and a bridge for each old side that they name."""
 
@@ -328,8 +334,7 @@ class Controller:
                     failed = str(error)
                 runner.forget()
                 pause = ERROR_PAUSE_S
-            took = time.monotonic() - started
-            pause = max(pause - took, took / ROUND_SHARE - took, 0.05)
+            pause = pause_after(time.monotonic() - started, pause)
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(pause):
                     await wake.wait()
