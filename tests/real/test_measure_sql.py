@@ -175,6 +175,16 @@ async def test_what_a_device_left_out_while_it_was_away_is_not_missing(
         assert (sample.n, sample.evidence["missing"]) == (100, 10)
 
 
+async def test_a_wave_that_has_fallen_silent_is_not_complete(pool: Pool, measurer: Measurer) -> None:
+    """Connected devices that have stopped to send leave no gap behind: that is no data, and never a pass."""
+    await measurer.note_baselines({"car-1": 5})
+    await ledger(pool, "car-1", "mqtt", "{[100,200)}")
+    alone = Flags(telemetry=TelemetryFlag.NEW)
+    assert (await measure(measurer, "telemetry.completeness", wave("car-1"), alone)).value == 100.0
+    later = await measure(measurer, "telemetry.completeness", wave("car-1"), alone, NOW + 400)
+    assert (later.value, later.evidence["summary"]) == (None, "nothing has come from the wave for 406 s")
+
+
 async def test_figures_of_a_reader_that_has_fallen_behind_are_no_data(pool: Pool, measurer: Measurer) -> None:
     """A telemetry reader that stands still leaves an account of the past: no gate passes on it."""
     created = datetime.fromtimestamp(OPENED, UTC)

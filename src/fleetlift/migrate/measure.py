@@ -260,6 +260,7 @@ class Measurer:
         await self.note_baselines({m.device: m.epoch for m in wave.moved})
         top: Top = {}
         settled: Top = {}
+        heard_at = 0.0
         for row in await conn.fetch(
             "SELECT device, channel, max(upper(ranges)) - 1 AS top, "
             "extract(epoch FROM max(last_at))::float8 AS last_at FROM ledger "
@@ -271,8 +272,13 @@ class Measurer:
         ):
             key = (row["device"], row["channel"])
             top[key] = row["top"]
+            heard_at = max(heard_at, row["last_at"])
             if row["last_at"] <= now - rung.grace_s:
                 settled[key] = row["top"]
+        if top and now - heard_at > rung.silent_after_s:
+            # What came before says nothing of the time since: a wave that sends nothing is not complete.
+            silent = f"nothing has come from the wave for {now - heard_at:.0f} s"
+            return {name: Sample(value=None, evidence=summary(silent))}
         by_device: dict[str, dict[str, int]] = {}
         for (device, channel), seq in top.items():
             by_device.setdefault(device, {})[channel] = seq
