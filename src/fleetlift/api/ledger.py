@@ -1,4 +1,4 @@
-"""The ledger of a device: which numbers of a channel came by which path, which are missing, which came twice."""
+"""The ledger of a device: which numbers came by which path, which are missing, which came twice."""
 
 from collections.abc import Iterable, Sequence
 from datetime import datetime
