@@ -96,7 +96,7 @@ def test_the_page_is_well_formed_and_needs_no_network() -> None:
 
 def test_a_breach_is_told_by_sign_and_words_not_by_colour_alone() -> None:
     page = render(facts())
-    assert "✗ breached in 20 rounds" in page
+    assert "✗ breached at 0:00" in page
     assert "✗ twice" in page
     assert "✓ lost" in page
 

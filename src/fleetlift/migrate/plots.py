@@ -157,9 +157,13 @@ def lines(
     marks: Sequence[Mark] = (),
     height: int = 200,
     limit: Series | None = None,
+    breaches: Sequence[tuple[float, float]] = (),
     from_zero: bool = True,
 ) -> str:
-    """Lines over time; `limit` is a step line with its figure; `from_zero` false zooms to the values."""
+    """Lines over time; `limit` is a step line with its figure; `from_zero` false zooms to the values.
+
+    `breaches` are points that get a cross of their own.
+    """
     shown = [v for s in (*series, *([limit] if limit else [])) for _, v in s.points if v is not None]
     low, high = (min(shown), max(shown)) if shown else (0.0, 1.0)
     if from_zero:
@@ -185,6 +189,10 @@ def lines(
         last_value = next((v for _, v in reversed(s.points) if v is not None), None)
         if last_value is not None:
             labels.append((s.name, s.role, frame.y(last_value)))
+    for t, v in breaches:
+        parts.append(
+            f'<text class="breach" x="{frame.x(t)}" y="{frame.y(v) + 5}" text-anchor="middle">✗</text>'
+        )
     parts.append(frame.end_labels(labels))
     return _svg(frame, "".join(parts), title, _hover((*series, *([limit] if limit else [])), unit))
 
@@ -235,7 +243,7 @@ def _path(frame: _Frame, points: Sequence[tuple[float, float | None]], *, steps:
             continue
         x, y = frame.x(t), frame.y(v)
         if not pen_down:
-            parts.append(f"M{x} {y}")
+            parts.append(f"M{x} {y}h.1")  # so that a point alone is seen too
         elif steps:
             parts.append(f"H{x}V{y}")
         else:

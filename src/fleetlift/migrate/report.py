@@ -179,9 +179,13 @@ def _mark_legend(marks: Sequence[Mark]) -> str:
 
 
 def _times(data: ReportData) -> list[tuple[float, TimelinePoint]]:
-    """Points at seconds since the start, thinned so that a plot has at most some hundreds of them."""
-    every = max(1, len(data.points) // 600)
-    kept = [p for i, p in enumerate(data.points) if i % every == 0 or i == len(data.points) - 1]
+    """Points at seconds since the start, thinned to some hundreds; breaches are always kept."""
+    every, last = max(1, len(data.points) // 600), len(data.points) - 1
+    kept = [
+        one
+        for i, one in enumerate(data.points)
+        if i % every == 0 or i == last or any(gate.verdict == "revert" for gate in one[1].gates)
+    ]
     return [(at - data.started_at, point) for at, point in kept]
 
 
@@ -228,8 +232,10 @@ def _gate_plots(data: ReportData, span: float, marks: Sequence[Mark]) -> str:
         found = [(t, next((g for g in p.gates if g.gate == text), None)) for t, p in times]
         value = Series(name="measured", role="new", points=[(t, g.value if g else None) for t, g in found])
         limit = Series(name="limit", points=[(t, g.limit if g else None) for t, g in found])
-        breaches = sum(1 for _, g in found if g and g.verdict == "revert")
-        sign = f'<span class="bad">✗ breached in {breaches} rounds</span>' if breaches else "✓ held"
+        breaches = [(t, g.value) for t, g in found if g and g.verdict == "revert" and g.value is not None]
+        sign = (
+            f'<span class="bad">✗ breached at {clock_label(breaches[0][0])}</span>' if breaches else "✓ held"
+        )
         plot = lines(
             [value],
             title=text,
@@ -238,6 +244,7 @@ def _gate_plots(data: ReportData, span: float, marks: Sequence[Mark]) -> str:
             height=150,
             limit=limit,
             marks=marks,
+            breaches=breaches,
             from_zero=unit != "%",
         )
         figures.append(f"<figure><figcaption><code>{escape(text)}</code> {sign}</figcaption>{plot}</figure>")
