@@ -11,7 +11,7 @@ from rich.console import Console
 from status_examples import BIG, EXAMPLES, FINISHED, HELD, RUNNING, T0
 
 from fleetlift.cli.watch import EVENT_SIGNS, figure, render, spark, stopwatch
-from fleetlift.core import decide
+from fleetlift.core import decide, requests, round
 from fleetlift.core.migration import Phase, WavePhase
 from fleetlift.core.status import MigrationStatus, from_document, to_document
 from fleetlift.migrate import controller
@@ -126,7 +126,7 @@ def noted_kinds(module: ModuleType) -> set[str]:
         if not isinstance(node, ast.Call):
             continue
         named = [k.value for k in node.keywords if k.arg == "kind"]
-        notes = isinstance(node.func, ast.Attribute) and node.func.attr.startswith("_note")
+        notes = isinstance(node.func, ast.Attribute) and node.func.attr in ("note", "note_devices")
         for value in (*named, *(node.args[:1] if notes else [])):
             constants = [c.value for c in ast.walk(value) if isinstance(c, ast.Constant)]
             kinds |= {c for c in constants if isinstance(c, str)}
@@ -135,7 +135,7 @@ def noted_kinds(module: ModuleType) -> set[str]:
 
 def test_every_kind_of_event_that_is_noted_has_a_mark() -> None:
     """A new kind of audit line must be given its sign on the screen."""
-    noted = noted_kinds(decide) | noted_kinds(controller)
+    noted = set[str]().union(*map(noted_kinds, (decide, requests, round, controller)))
     assert "gate_breached" in noted and noted <= set(EVENT_SIGNS), noted - set(EVENT_SIGNS)
 
 

@@ -55,6 +55,7 @@ EVENT_SIGNS: Mapping[str, tuple[str, str]] = {
     "migration_not_taken_up": ("!", WARN),
     "migration_taken_up": ("!", WARN),
     "gate_breached": ("✗", BAD),
+    "breach_held": ("✗", BAD),
     "wave_returning": ("↩", BAD),
     "wave_returned": ("↩", BAD),
     "device_sent_back": ("↩", BAD),

@@ -11,15 +11,12 @@ each of its gates measured and held; an epoch is used twice.
 """
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from datetime import UTC, datetime
-from functools import lru_cache
-from types import MappingProxyType
-from typing import Any, Final
+from typing import Final
 
 from msgspec.structs import replace
 
-from fleetlift.core import where
 from fleetlift.core.errors import BadInput
 from fleetlift.core.evidence import (
     BY_NEW,
@@ -30,6 +27,7 @@ from fleetlift.core.evidence import (
     has_moved,
     has_returned,
     judge_moves,
+    listed,
     newest,
     obeys_another,
     went_back,
@@ -37,7 +35,6 @@ from fleetlift.core.evidence import (
 )
 from fleetlift.core.gates import Gate, judge
 from fleetlift.core.migration import (
-    AuditEntry,
     Decision,
     DeviceObservation,
     FleetDevice,
@@ -47,15 +44,16 @@ from fleetlift.core.migration import (
     MigrationState,
     Observations,
     Phase,
-    Request,
-    RequestKind,
     Sample,
     Tell,
     Verdict,
     WavePhase,
 )
 from fleetlift.core.orders import DevicePhase
-from fleetlift.core.plan import Fleet, OnBreach, Plan, Rung, ladder
+from fleetlift.core.plan import OnBreach, Plan
+from fleetlift.core.requests import answer_requests
+from fleetlift.core.round import Round, back_at_start
+from fleetlift.core.selection import cannot_move
 from fleetlift.core.units import format_devices, format_duration, format_some
 from fleetlift.core.waves import approved, chosen, newcomers, ordered
 
@@ -64,23 +62,6 @@ TELL_AGAIN_MOST_S: Final = 60.0
 OFFLINE_AFTER_S: Final = 10.0  # a device that is away need not be waited for as long as one that is there
 OWN_METRICS: Final = ("moves.success", "devices.failed", "devices.silent")
 """Metrics that `decide` computes itself, from members and observations, unless a sample is given."""
-
-_NOTHING: Final = DeviceObservation()
-
-_MAY: Final[Mapping[RequestKind, frozenset[Phase]]] = MappingProxyType(
-    {
-        RequestKind.PAUSE: frozenset({Phase.RUNNING}),
-        RequestKind.RESUME: frozenset(set(Phase) - {Phase.RUNNING, Phase.RELEASED}),
-        RequestKind.APPROVE: frozenset({Phase.RUNNING, Phase.PAUSED}),
-        RequestKind.REVERT: frozenset(
-            {Phase.RUNNING, Phase.PAUSED, Phase.HELD, Phase.REVERTING, Phase.REVERTED, Phase.FINISHED}
-        ),
-        RequestKind.AMEND: frozenset(set(Phase) - {Phase.RELEASED}),
-        RequestKind.RELEASE: frozenset({Phase.FINISHED, Phase.REVERTED}),
-        RequestKind.EMERGENCY: frozenset(set(Phase) - {Phase.RELEASED}),
-    }
-)
-"""In which phases a request is taken; in the others it is refused, with a line in the audit log."""
 
 
 def begin(plan: Plan, fleet: Sequence[FleetDevice], epoch: int) -> MigrationState:
@@ -113,59 +94,18 @@ def decide(plan: Plan, state: MigrationState, observations: Observations, now: f
     `now` is Unix seconds; `observations.samples` has one sample a gate, by its text, measured from
     `state.measured_from` on.
     """
-    return _Round(plan, state, observations, now).run()
+    return _Deciding(plan, state, observations, now).run()
 
 
-def cannot_move(fleet: Fleet, device: FleetDevice) -> str | None:
-    """Why a selected device is never moved, or None when it can be."""
-    if not fleet.updatable:
-        if device.attributes.get("updatable") is False:
-            return "cannot be updated: its attribute updatable is false"
-        return None
-    if where.evaluate(_condition(fleet.updatable), record_of(fleet, device)):
-        return None
-    return f"cannot be updated: does not meet {fleet.updatable}"
+class _Deciding(Round):
+    """What one call of `decide` does with its round."""
 
-
-def record_of(fleet: Fleet, device: FleetDevice) -> dict[str, object]:
-    """A device as conditions see it."""
-    return {
-        "id": device.id,
-        "tenant": fleet.tenant,
-        "attributes": device.attributes,
-        "connected": device.connected,
-    }
-
-
-@lru_cache(maxsize=32)
-def _condition(text: str) -> where.Expression:
-    return where.parse(text)
-
-
-class _Round:
-    """One call of `decide`: local variables with names, thrown away when it returns."""
-
-    def __init__(self, plan: Plan, state: MigrationState, seen: Observations, now: float) -> None:
-        self.plan, self.seen, self.now = plan, seen, now
-        self.rungs = ladder(plan)
-        # An amended plan may have fewer rungs or waves than the one the state was made under.
-        rung = min(max(state.rung, 1), len(self.rungs) - 1)
-        self.state = replace(state, rung=rung, wave=min(state.wave, len(self.rungs[rung].waves) - 1))
-        self.members: dict[str, Member] = dict(state.members)
-        self.fleet = None if seen.fleet is None else {device.id: device for device in seen.fleet}
-        self.tells: dict[str, Tell] = {}
-        self.audit: list[AuditEntry] = []
-        self.answered: list[int] = []
-        self.gates: tuple[GateResult, ...] = ()
-
-    @property
-    def rung(self) -> Rung:
-        return self.rungs[self.state.rung]
+    gates: tuple[GateResult, ...] = ()
 
     def run(self) -> Decision:
         if self.state.phase is not Phase.RELEASED:
             self._take_in_fleet()
-        self._answer_requests()
+        answer_requests(self)
         if self.state.phase is not Phase.RELEASED:
             self._look_for_evidence()
             self._judge_gates()
@@ -191,289 +131,18 @@ class _Round:
         for device, rank in fresh.items():
             self.members[device] = Member(device=device, rank=rank)
         if fresh:
-            self._note(
-                "devices_joined", f"{format_devices(len(fresh))} joined the fleet", devices=_some(fresh)
+            self.note(
+                "devices_joined", f"{format_devices(len(fresh))} joined the fleet", devices=listed(fresh)
             )
         for member in list(self.members.values()):
             if member.device in self.state.kept_back:
                 continue
             if member.state is MemberState.EXCLUDED:
-                if self._barred(member.device) is None:
+                if self.barred(member.device) is None:
                     back = member.told_at is not None and member.moved_at is None
-                    self._put(member, state=MemberState.RETURNING if back else MemberState.WAITING, reason="")
-            elif member.state is MemberState.WAITING and (why := self._barred(member.device)) is not None:
-                self._put(member, state=MemberState.EXCLUDED, reason=why)
-
-    def _barred(self, device: str) -> str | None:
-        """Why a device takes no part by plan and fleet, as far as they can be read."""
-        assert self.fleet is not None
-        if (there := self.fleet.get(device)) is None:
-            return "not selected by the plan"
-        return cannot_move(self.plan.fleet, there)
-
-    def _online(self, member: Member) -> bool:
-        seen = self.seen.devices.get(member.device, _NOTHING)
-        there = self.fleet.get(member.device) if self.fleet else None
-        return seen.connected_old or seen.connected_new or (there is not None and there.connected)
-
-    def _since(self, member: Member) -> float | None:
-        there = self.fleet.get(member.device) if self.fleet else None
-        return there.since if there else None
-
-    # -- requests --------------------------------------------------------------------------------------
-
-    def _answer_requests(self) -> None:
-        handlers: Mapping[RequestKind, Callable[[Request], str | None]] = {
-            RequestKind.PAUSE: self._pause,
-            RequestKind.RESUME: self._resume,
-            RequestKind.APPROVE: self._approve,
-            RequestKind.REVERT: self._revert,
-            RequestKind.AMEND: self._amend,
-            RequestKind.RELEASE: self._release,
-            RequestKind.EMERGENCY: self._emergency,
-        }
-        for request in self.seen.requests:
-            # Who left the plan is known from the fleet alone; while it cannot be read the request waits.
-            if request.kind is RequestKind.AMEND and self.fleet is None:
-                break
-            single = request.kind in (RequestKind.RESUME, RequestKind.REVERT) and "device" in request.args
-            if self.state.phase in _MAY[request.kind] or (single and self.state.phase is not Phase.RELEASED):
-                refusal = handlers[request.kind](request)
-            else:
-                refusal = f"the migration is {self.state.phase}"
-            if refusal is not None:
-                text = f"{request.kind} refused: {refusal}"
-                self._note("request_refused", text, request.actor, args=request.args)
-            self.answered.append(request.id)
-
-    def _pause(self, request: Request) -> str | None:
-        self._set(phase=Phase.PAUSED, reason=f"paused by {request.actor}")
-        self._note("migration_paused", f"paused by {request.actor}; gates stay armed", request.actor)
-        return None
-
-    def _resume(self, request: Request) -> str | None:
-        if "device" in request.args:
-            return self._resume_device(str(request.args["device"]), request.actor)
-        before = self.state.phase
-        self._note("migration_resumed", f"resumed by {request.actor}; it was {before}", request.actor)
-        match before:
-            case Phase.PAUSED:
-                self._set(phase=Phase.RUNNING, reason="")
-            case Phase.HELD | Phase.FINISHED:
-                self._try_again()
-            case _:
-                self._set(phase=Phase.RUNNING, rung=1, wave=0, reason="")
-                self._close_wave()
-        return None
-
-    def _try_again(self) -> None:
-        """Open the held wave again, or go on with it where its devices have stayed."""
-        returned = self.state.wave_phase is WavePhase.RETURNING or self.state.phase is Phase.FINISHED
-        self._set(phase=Phase.RUNNING, reason="", measured_from=self.now, unmeasured_since=None)
-        if returned:
-            self._close_wave()
-        elif self.state.bake_started_at is not None:
-            self._set(bake_started_at=self.now)
-        self._order(
-            (m for m in self.members.values() if m.state is MemberState.STRAGGLER and m.rung > 0),
-            state=MemberState.MOVING,
-            reason="",
-        )
-
-    def _resume_device(self, device: str, actor: str) -> str | None:
-        member = self.members.get(device)
-        if member is None or device not in self.state.kept_back:
-            return f"{device} is not among the devices that were sent back"
-        self._set(kept_back=tuple(d for d in self.state.kept_back if d != device))
-        on_its_way = member.told_at is not None and member.moved_at is None
-        self._put(member, state=MemberState.RETURNING if on_its_way else MemberState.WAITING, reason="")
-        self._note("device_resumed", f"{device} takes part again, asked by {actor}", actor, device=device)
-        return None
-
-    def _approve(self, request: Request) -> str | None:
-        if self.state.wave_phase is not WavePhase.AWAITING_APPROVAL:
-            return "no wave waits for approval"
-        self._set(approved=True)
-        self._note("wave_approved", f"{self._wave_name()} approved by {request.actor}", request.actor)
-        return None
-
-    def _revert(self, request: Request) -> str | None:
-        if "device" in request.args:
-            return self._revert_device(str(request.args["device"]), request.actor)
-        if request.args.get("wave"):
-            return self._revert_wave(request.actor)
-        if self.state.phase in (Phase.REVERTING, Phase.REVERTED):
-            return f"the migration is {self.state.phase} already"
-        self._revert_all(f"reverted by {request.actor}", "migration_reverting", request.actor)
-        return None
-
-    def _revert_wave(self, actor: str) -> str | None:
-        if self.state.wave_opened_at is None or self.state.phase in (Phase.REVERTING, Phase.REVERTED):
-            return "no wave is open"
-        if self.state.wave_phase is WavePhase.RETURNING:
-            return "the wave is going back already"
-        self._return_wave(f"sent back by {actor}")
-        self._note("wave_returning", f"{self._wave_name()}: {self.state.reason}", actor)
-        return None
-
-    def _revert_device(self, device: str, actor: str) -> str | None:
-        member = self.members.get(device)
-        if member is None:
-            return f"{device} is not a device of this migration"
-        if device not in self.state.kept_back:
-            self._set(kept_back=(*self.state.kept_back, device))
-        self._exclude([member], f"sent back by {actor}")
-        self._note("device_sent_back", f"{device} sent back by {actor}", actor, device=device)
-        return None
-
-    def _amend(self, request: Request) -> str | None:
-        assert self.fleet is not None
-        gone = [
-            member
-            for member in self.members.values()
-            if member.state is not MemberState.EXCLUDED and self._barred(member.device) is not None
-        ]
-        self._exclude(gone, "")
-        stay = sum(member.state is not MemberState.EXCLUDED for member in self.members.values())
-        self._note(
-            "plan_amended",
-            f"plan amended by {request.actor}: goes on with {format_devices(stay)}, {len(gone):,} taken out",
-            request.actor,
-            taken_out=_some(member.device for member in gone),
-            taken_out_total=len(gone),
-        )
-        if self.state.phase in (Phase.HELD, Phase.FINISHED):
-            self._try_again()
-        return None
-
-    def _release(self, request: Request) -> str | None:
-        left = [m.device for m in self.members.values() if m.state is MemberState.STRAGGLER]
-        if left and not request.args.get("force"):
-            names = format_some(left, 5)
-            return f"{format_devices(len(left))} not moved yet ({names}); release with force to give them up"
-        self._set(phase=Phase.RELEASED, reason=f"released by {request.actor}")
-        self._note(
-            "migration_released",
-            f"released by {request.actor}: there is no way back any more",
-            request.actor,
-            given_up=_some(left),
-        )
-        return None
-
-    def _emergency(self, request: Request) -> str | None:
-        epoch = request.args.get("epoch")
-        if isinstance(epoch, int):
-            self._set(epoch=max(self.state.epoch, epoch))
-        self._revert_all(
-            "reverted by the journal, outside the controller", "emergency_taken_in", request.actor
-        )
-        return None
-
-    # -- orders ----------------------------------------------------------------------------------------
-
-    def _order(
-        self,
-        members: Iterable[Member],
-        *,
-        state: MemberState,
-        rung: int | None = None,
-        reason: str | None = None,
-    ) -> list[Member]:
-        """Order `members` to `rung` (None: the one each stands on) with one fresh epoch."""
-        listed = sorted(members, key=lambda m: m.rank)
-        if not listed:
-            return []
-        epoch = max(self.state.epoch, self._highest_seen()) + 1
-        self._set(epoch=epoch)
-        told = []
-        for member in listed:
-            goal = member.rung if rung is None else rung
-            after = self._put(
-                member,
-                rung=goal,
-                came_from=member.came_from if goal == member.rung else member.rung,
-                epoch=epoch,
-                state=state,
-                reason=member.reason if reason is None else reason,
-                told_at=self.now,
-                moved_at=None,
-            )
-            self.tells[member.device] = Tell(device=member.device, epoch=epoch, rung=goal)
-            told.append(after)
-        return told
-
-    def _highest_seen(self) -> int:
-        return max(
-            (
-                report.epoch
-                for seen in self.seen.devices.values()
-                for report in (seen.report, seen.report_by_new)
-                if report is not None
-            ),
-            default=0,
-        )
-
-    def _exclude(self, members: Iterable[Member], reason: str) -> None:
-        """Take devices out, by a person (`reason`) or by the plan; those ever told something go back."""
-        back: list[Member] = []
-        for member in members:
-            out = self._put(
-                member, state=MemberState.EXCLUDED, reason=reason or self._barred(member.device) or ""
-            )
-            if self._touched(member):
-                back.append(out)
-        self._order(back, state=MemberState.EXCLUDED, rung=0)
-
-    def _touched(self, member: Member) -> bool:
-        """Whether the device may be elsewhere than on the old side.
-
-        A store that was brought back from a backup knows less than the devices do, so they are asked too.
-        """
-        report = newest(self.seen.devices.get(member.device, _NOTHING))
-        if report is not None and report.epoch > member.epoch and report.flags != self.rungs[0].flags:
-            return True
-        return member.epoch > 0 and not _back_at_start(member)
-
-    def _return_wave(self, reason: str) -> list[Member]:
-        """The open wave's devices go back to where the wave found them; the migration is held."""
-        mine = self._of_wave()
-        told: list[Member] = []
-        for goal in sorted({member.came_from for member in mine}):
-            told += self._order(
-                (m for m in mine if m.came_from == goal), state=MemberState.RETURNING, rung=goal, reason=""
-            )
-        for member in told:
-            self._put(member, wave=None)
-        self._set(
-            phase=Phase.HELD,
-            wave_phase=WavePhase.RETURNING,
-            reason=reason,
-            reverts=self.state.reverts + 1,
-            returned_at=None,
-            unmeasured_since=None,
-            approved=False,
-        )
-        return told
-
-    def _revert_all(self, reason: str, kind: str, actor: str) -> None:
-        told = self._order(
-            (m for m in self.members.values() if m.state is not MemberState.EXCLUDED and self._touched(m)),
-            state=MemberState.RETURNING,
-            rung=0,
-            reason="",
-        )
-        for member in told:
-            self._put(member, wave=None)
-        self._set(
-            phase=Phase.REVERTING,
-            wave_phase=WavePhase.RETURNING,
-            reason=reason,
-            reverts=self.state.reverts + 1,
-            returned_at=None,
-            unmeasured_since=None,
-            approved=False,
-        )
-        self._note(kind, f"{reason}: {format_devices(len(told))} told to go back", actor, devices=len(told))
+                    self.put(member, state=MemberState.RETURNING if back else MemberState.WAITING, reason="")
+            elif member.state is MemberState.WAITING and (why := self.barred(member.device)) is not None:
+                self.put(member, state=MemberState.EXCLUDED, reason=why)
 
     # -- evidence --------------------------------------------------------------------------------------
 
@@ -485,11 +154,11 @@ class _Round:
         for member in list(self.members.values()):
             if member.told_at is None:
                 continue
-            seen = self.seen.devices.get(member.device, _NOTHING)
+            seen = self.sight(member)
             match member.state:
                 case MemberState.EXCLUDED:
                     if member.moved_at is None and self._is_back(member, seen):
-                        self._put(member, moved_at=self.now)
+                        self.put(member, moved_at=self.now)
                 case MemberState.RETURNING:
                     self._see_return(member, seen)
                 case MemberState.STRAGGLER if member.rung == 0:
@@ -504,7 +173,7 @@ class _Round:
                     elif has_moved(member, seen, self.rungs[member.rung].flags):
                         if member.state is MemberState.STRAGGLER:
                             caught_up.append(member)
-                        self._put(member, state=MemberState.MOVED, moved_at=self.now, reason="")
+                        self.put(member, state=MemberState.MOVED, moved_at=self.now, reason="")
                     elif member.state is MemberState.MOVING and (why := self._overdue(member, seen)):
                         late.append(self._straggler(member, why))
                 case MemberState.MOVED | MemberState.RETURNED if member.rung > 0:
@@ -514,15 +183,15 @@ class _Round:
                         taken.append(self._straggler(member, foreign_reason(seen)))
                 case _:
                     pass
-        self._note_devices("devices_went_back", "gone back by themselves", gone_back)
-        self._note_devices("stragglers_found", "not moved in time", late)
-        self._note_devices("stragglers_moved", "moved after all", caught_up)
+        self.note_devices("devices_went_back", "gone back by themselves", gone_back)
+        self.note_devices("stragglers_found", "not moved in time", late)
+        self.note_devices("stragglers_moved", "moved after all", caught_up)
         if taken:
-            self._note_devices(
+            self.note_devices(
                 "foreign_orders_seen", "obeying a newer order that is not this migration's", taken
             )
             if self.state.phase in (Phase.RUNNING, Phase.PAUSED, Phase.FINISHED):
-                self._set(
+                self.change(
                     phase=Phase.HELD,
                     reason=f"a newer order back to the old side, not given by this migration, is obeyed by "
                     f"{format_devices(len(taken))}; resume to take them again, or revert",
@@ -532,11 +201,11 @@ class _Round:
         if member.rung > 0 and went_back(member, seen):
             self._straggler(member, why_back(member, seen))
         elif self._is_back(member, seen):
-            self._put(member, state=MemberState.RETURNED, moved_at=self.now, reason="")
+            self.put(member, state=MemberState.RETURNED, moved_at=self.now, reason="")
         elif member.state is MemberState.RETURNING:
-            away = "" if self._online(member) else f"{self._away(member)}; its order waits"
+            away = "" if self.online(member) else f"{self._away(member)}; its order waits"
             if away != member.reason:
-                self._put(member, reason=away)
+                self.put(member, reason=away)
 
     def _is_back(self, member: Member, seen: DeviceObservation) -> bool:
         came_from = self.rungs[min(member.came_from, len(self.rungs) - 1)].flags
@@ -549,7 +218,7 @@ class _Round:
         """Why a device that was told to move counts as a straggler by now; "" while it may still come."""
         assert member.told_at is not None
         waited, settle_s = self.now - member.told_at, self.rungs[member.rung].settle_s
-        if not self._online(member):
+        if not self.online(member):
             return self._away(member) if waited >= min(settle_s, OFFLINE_AFTER_S) else ""
         if waited < settle_s:
             return ""
@@ -567,14 +236,14 @@ class _Round:
         return f"has moved, but no telemetry of it has come by the new side {took}"
 
     def _away(self, member: Member) -> str:
-        since, seen = self._since(member), self.seen.devices.get(member.device, _NOTHING)
+        since, seen = self.since(member), self.sight(member)
         if since is None:
             ever = seen.report or seen.report_by_new or seen.new_telemetry_at or seen.old_telemetry_at
             return "offline" if ever else "never seen"
         return f"offline since {datetime.fromtimestamp(since, UTC):%Y-%m-%d %H:%M} UTC"
 
     def _straggler(self, member: Member, why: str) -> Member:
-        return self._put(member, state=MemberState.STRAGGLER, reason=why, moved_at=None)
+        return self.put(member, state=MemberState.STRAGGLER, reason=why, moved_at=None)
 
     # -- gates -----------------------------------------------------------------------------------------
 
@@ -605,7 +274,7 @@ class _Round:
     def _moves(self) -> tuple[Moves, Moves]:
         """How the moves of the open wave went, and those of all devices; the same when the wave is away."""
         everyone = self._sorted(member for member in self.members.values() if member.rung > 0)
-        wave = self._sorted(self._of_wave())
+        wave = self._sorted(self.of_wave())
         return (wave if any((wave.moved, wave.failed, wave.pending)) else everyone), everyone
 
     def _sorted(self, members: Iterable[Member]) -> Moves:
@@ -614,10 +283,10 @@ class _Round:
             if member.state in (MemberState.MOVED, MemberState.RETURNED):
                 moves.moved.append(member)
             elif member.state in (MemberState.MOVING, MemberState.STRAGGLER):
-                if went_back(member, self.seen.devices.get(member.device, _NOTHING)):
+                if went_back(member, self.sight(member)):
                     moves.failed.append(member)
-                elif self._online(member):
-                    there = max(member.told_at or 0.0, self._since(member) or 0.0)
+                elif self.online(member):
+                    there = max(member.told_at or 0.0, self.since(member) or 0.0)
                     in_time = self.now - there < self.rungs[member.rung].settle_s
                     (moves.pending if in_time else moves.failed).append(member)
         return moves
@@ -632,7 +301,7 @@ class _Round:
         limit_s = self.rung.silent_after_s
         silent = []
         for member in moved:
-            heard = self.seen.devices.get(member.device, _NOTHING).new_telemetry_at
+            heard = self.sight(member).new_telemetry_at
             last = max((at for at in (heard, member.moved_at) if at is not None), default=-math.inf)
             if self.now - last > limit_s:
                 silent.append(member.device)
@@ -642,7 +311,7 @@ class _Round:
         return Sample(
             value=len(silent),
             n=len(moved),
-            evidence={"summary": summary, "silent": _some(sorted(silent))},
+            evidence={"summary": summary, "silent": listed(sorted(silent))},
         )
 
     # -- onwards, or back ------------------------------------------------------------------------------
@@ -673,17 +342,17 @@ class _Round:
                     # Sent back now, devices would be served by nobody; nothing grows meanwhile either.
                     reason = "waits for the old side, to send the wave back to it"
                     if not self.state.reason.startswith(reason):
-                        self._note("breach_held", f"{reason}: {result.why}", gate=result.gate)
-                    self._set(reason=f"{reason}: {result.why}")
+                        self.note("breach_held", f"{reason}: {result.why}", gate=result.gate)
+                    self.change(reason=f"{reason}: {result.why}")
                     return True
                 self._breach(result, result.why)
                 return True
         missing = [result for result in self.gates if result.missing]
         if not missing or not watched:
-            self._set(unmeasured_since=None)
+            self.change(unmeasured_since=None)
             return False
         if self.state.unmeasured_since is None:
-            self._set(unmeasured_since=self.now)
+            self.change(unmeasured_since=self.now)
         assert self.state.unmeasured_since is not None
         unmeasured_s = self.now - self.state.unmeasured_since
         # With the old side gone there is nothing to go back to, and it may be what the figures lack.
@@ -693,14 +362,14 @@ class _Round:
         return True
 
     def _breach(self, result: GateResult, why: str) -> None:
-        name, mine = self._wave_name(), self._of_wave()
+        name, mine = self.wave_name(), self.of_wave()
         if self.plan.on_breach is OnBreach.REVERT:
-            told = self._return_wave(why)
+            told = self.return_wave(why)
             what = f"{format_devices(len(told))} told to go back"
         else:
-            self._set(phase=Phase.HELD, reason=why, unmeasured_since=None, approved=False)
+            self.change(phase=Phase.HELD, reason=why, unmeasured_since=None, approved=False)
             what = f"held with {format_devices(len(mine))} where they are; a person decides"
-        self._note(
+        self.note(
             "gate_breached",
             f"{name}: {why}; {what}",
             gate=result.gate,
@@ -728,10 +397,10 @@ class _Round:
                     if not self._wave_has_baked():
                         return
                     if self.rung.approve:
-                        self._set(wave_phase=WavePhase.AWAITING_APPROVAL, approved=False)
-                        self._note(
+                        self.change(wave_phase=WavePhase.AWAITING_APPROVAL, approved=False)
+                        self.note(
                             "wave_awaits_approval",
-                            f"{self._wave_name()} has baked and waits for approval",
+                            f"{self.wave_name()} has baked and waits for approval",
                             gates=self._figures(),
                         )
                     else:
@@ -758,17 +427,17 @@ class _Round:
         else:
             reason = ""
         if reason and reason != self.state.reason:
-            self._note("growth_held", reason)
-        self._set(reason=reason)
+            self.note("growth_held", reason)
+        self.change(reason=reason)
         return not reason
 
     def _open_wave(self) -> bool:
         """Raise the wave's devices. True when the wave adds none and the next one was made ready."""
         assert self.fleet is not None
         able = [m for m in self.members.values() if m.state is not MemberState.EXCLUDED]
-        here = [m for m in able if m.device in self.fleet and (m.rung > 0 or self._barred(m.device) is None)]
+        here = [m for m in able if m.device in self.fleet and (m.rung > 0 or self.barred(m.device) is None)]
         if not here:
-            self._set(reason="waits: the plan selects no device")
+            self.change(reason="waits: the plan selects no device")
             return False
         index, wave = self.state.rung, self.state.wave
         shares = (self.rung.waves[wave], *(rung.waves[-1] for rung in self.rungs[1:index]))
@@ -776,19 +445,19 @@ class _Round:
         raised = sum(m.rung >= index for m in able)
         picked = chosen(((m.rank, m.device) for m in here if m.rung < index), raised, limit)
         if not picked:
-            self._note(
+            self.note(
                 "wave_skipped",
-                f"{self._wave_name()} adds no device: {format_devices(raised)} of {limit} are there already",
+                f"{self.wave_name()} adds no device: {format_devices(raised)} of {limit} are there already",
                 raised=raised,
                 limit=limit,
             )
             self._next_wave()
             return self.state.phase is not Phase.FINISHED
         for device in picked:
-            self._put(self.members[device], wave=wave)
+            self.put(self.members[device], wave=wave)
         chosen_ones = [self.members[device] for device in picked]
-        self._order(chosen_ones, state=MemberState.MOVING, rung=index, reason="")
-        self._set(
+        self.order(chosen_ones, state=MemberState.MOVING, rung=index, reason="")
+        self.change(
             wave_phase=WavePhase.MOVING,
             wave_opened_at=self.now,
             measured_from=self.now,
@@ -798,11 +467,11 @@ class _Round:
             approved=False,
             reason="",
         )
-        self._note(
+        self.note(
             "wave_opened",
-            f"{self._wave_name()} opened: {format_devices(len(picked))} told to move, "
+            f"{self.wave_name()} opened: {format_devices(len(picked))} told to move, "
             f"{raised + len(picked)} of {len(here)} on this rung",
-            devices=_some(picked),
+            devices=listed(picked),
             told=len(picked),
             raised=raised + len(picked),
             fleet=len(here),
@@ -811,23 +480,23 @@ class _Round:
         return False
 
     def _wave_has_moved(self) -> bool:
-        mine = self._of_wave()
+        mine = self.of_wave()
         if any(member.state is MemberState.MOVING for member in mine):
             return False
         here = [m for m in self.members.values() if m.rung == self.state.rung]
         moved = sum(member.state is MemberState.MOVED for member in mine)
         if not mine:
             # A person or an amended plan has taken all of them out: open it again with others.
-            self._close_wave()
+            self.close_wave()
             return True
         if not any(member.state is MemberState.MOVED for member in here):
-            self._set(reason="waits: no device of the wave has moved or can be reached")
+            self.change(reason="waits: no device of the wave has moved or can be reached")
             return False
         behind = [member for member in mine if member.state is MemberState.STRAGGLER]
-        self._set(wave_phase=WavePhase.BAKING, bake_started_at=self.now, reason="")
-        self._note(
+        self.change(wave_phase=WavePhase.BAKING, bake_started_at=self.now, reason="")
+        self.note(
             "wave_moved",
-            f"{self._wave_name()}: {format_devices(moved)} moved"
+            f"{self.wave_name()}: {format_devices(moved)} moved"
             + (f", {len(behind)} did not" if behind else "")
             + f"; bakes for {format_duration(self.rung.bake_s)}",
             moved=moved,
@@ -845,38 +514,32 @@ class _Round:
     def _gates_hold(self) -> bool:
         waits = [result.gate for result in self.gates if result.verdict is not Verdict.ADVANCE]
         if waits and self.state.phase is Phase.RUNNING:
-            self._set(reason=f"waits for {', '.join(waits)}")
+            self.change(reason=f"waits for {', '.join(waits)}")
         return not waits
 
     def _pass_wave(self) -> None:
-        self._note("wave_passed", f"{self._wave_name()} passed all gates", gates=self._figures())
+        self.note("wave_passed", f"{self.wave_name()} passed all gates", gates=self._figures())
         self._next_wave()
 
     def _next_wave(self) -> None:
-        self._close_wave()
+        self.close_wave()
         if self.state.wave + 1 < len(self.rung.waves):
-            self._set(wave=self.state.wave + 1)
+            self.change(wave=self.state.wave + 1)
         elif self.state.rung + 1 < len(self.rungs):
-            self._set(rung=self.state.rung + 1, wave=0)
+            self.change(rung=self.state.rung + 1, wave=0)
         else:
             self._finish()
 
-    def _close_wave(self) -> None:
-        self._set(
-            wave_phase=WavePhase.MOVING,
-            wave_opened_at=None,
-            bake_started_at=None,
-            unmeasured_since=None,
-            approved=False,
-        )
+    def _figures(self) -> dict[str, str]:
+        return {result.gate: result.why for result in self.gates}
 
     def _finish(self) -> None:
         behind = [m for m in self.members.values() if m.state is MemberState.STRAGGLER]
         moved = sum(m.state is MemberState.MOVED for m in self.members.values())
         out = sum(m.state is MemberState.EXCLUDED for m in self.members.values())
         reason = f"not moved: {format_devices(len(behind))}" if behind else ""
-        self._set(phase=Phase.FINISHED, reason=reason)
-        self._note(
+        self.change(phase=Phase.FINISHED, reason=reason)
+        self.note(
             "migration_finished",
             f"finished: {format_devices(moved)} moved, {len(behind)} did not, {out} take no part",
             moved=moved,
@@ -889,12 +552,12 @@ class _Round:
         if self.state.wave_phase is not WavePhase.RETURNING or self.state.returned_at is not None:
             return
         going = [m for m in self.members.values() if m.state is MemberState.RETURNING]
-        if any(self._online(member) for member in going) or (going and not self.seen.old_up):
+        if any(self.online(member) for member in going) or (going and not self.seen.old_up):
             return
-        self._set(returned_at=self.now)
-        self._note(
+        self.change(returned_at=self.now)
+        self.note(
             "wave_returned",
-            f"{self._wave_name()} has gone back"
+            f"{self.wave_name()} has gone back"
             + (f"; out of reach: {format_devices(len(going))}" if going else ""),
             unreached={member.device: member.reason for member in going[:LISTED]},
         )
@@ -906,14 +569,14 @@ class _Round:
             if member.state is MemberState.RETURNING
             or (member.state is MemberState.EXCLUDED and member.told_at and member.moved_at is None)
         ]
-        if any(self._online(member) for member in going) or (going and not self.seen.old_up):
+        if any(self.online(member) for member in going) or (going and not self.seen.old_up):
             return
         for member in going:
             if member.state is MemberState.RETURNING:
                 self._straggler(member, member.reason or "has not been heard of since it was told to go back")
-        self._set(phase=Phase.REVERTED, returned_at=self.now)
-        back = sum(_back_at_start(member) for member in self.members.values())
-        self._note(
+        self.change(phase=Phase.REVERTED, returned_at=self.now)
+        back = sum(back_at_start(member) for member in self.members.values())
+        self.note(
             "migration_reverted",
             f"reverted: {format_devices(back)} back on the old side"
             + (f", {len(going)} out of reach" if going else ""),
@@ -935,7 +598,7 @@ class _Round:
         for member in self.members.values():
             if member.told_at is None or member.device in self.tells:
                 continue
-            seen = self.seen.devices.get(member.device, _NOTHING)
+            seen = self.sight(member)
             if not self._unanswered(member):
                 continue
             if member.rung > 0 and member.state in (MemberState.MOVING, MemberState.STRAGGLER):
@@ -959,8 +622,8 @@ class _Round:
         for member in again:
             self.tells[member.device] = Tell(device=member.device, epoch=member.epoch, rung=member.rung)
         for state in (MemberState.MOVING, MemberState.RETURNING, MemberState.EXCLUDED):
-            self._order((m for m in afresh if _as_told(m) is state), state=state)
-        self._set(told_again_at=self.now)
+            self.order((m for m in afresh if _as_told(m) is state), state=state)
+        self.change(told_again_at=self.now)
 
     def _sides_up(self) -> bool:
         return self.seen.old_up and self.seen.new_up
@@ -974,52 +637,10 @@ class _Round:
     def _due(self, member: Member, last: float | None) -> bool:
         assert member.told_at is not None
         before = max(last if last is not None else member.told_at, member.told_at)
-        since = self._since(member)
-        if self._online(member) and since is not None and since > before:
+        since = self.since(member)
+        if self.online(member) and since is not None and since > before:
             return True
         return _repeats(self.now - member.told_at) > _repeats(before - member.told_at)
-
-    # -- small things ----------------------------------------------------------------------------------
-
-    def _set(self, **changes: Any) -> None:
-        self.state = replace(self.state, **changes)
-
-    def _put(self, member: Member, **changes: Any) -> Member:
-        after = replace(self.members[member.device], **changes)
-        self.members[member.device] = after
-        return after
-
-    def _of_wave(self) -> list[Member]:
-        """The devices that the open wave has raised."""
-        return [
-            member
-            for member in self.members.values()
-            if member.rung == self.state.rung
-            and member.wave == self.state.wave
-            and member.state in (MemberState.MOVING, MemberState.MOVED, MemberState.STRAGGLER)
-        ]
-
-    def _wave_name(self) -> str:
-        share = self.rung.waves[self.state.wave]
-        return f"{self.rung.name}, wave {self.state.wave + 1} of {len(self.rung.waves)} ({share})"
-
-    def _figures(self) -> dict[str, str]:
-        return {result.gate: result.why for result in self.gates}
-
-    def _note(self, kind: str, text: str, actor: str = "controller", **evidence: Any) -> None:
-        self.audit.append(AuditEntry(kind=kind, text=text, actor=actor, evidence=evidence))
-
-    def _note_devices(self, kind: str, what: str, members: Sequence[Member]) -> None:
-        if members:
-            first = members[0]
-            more = f" and {len(members) - 1} more" if len(members) > 1 else ""
-            why = f" ({first.reason})" if first.reason else ""
-            self._note(
-                kind,
-                f"{what}: {first.device}{why}{more}",
-                devices={member.device: member.reason for member in members[:LISTED]},
-                total=len(members),
-            )
 
 
 def _as_told(member: Member) -> MemberState:
@@ -1027,10 +648,6 @@ def _as_told(member: Member) -> MemberState:
     if member.state is MemberState.STRAGGLER:
         return MemberState.MOVING if member.rung > 0 else MemberState.RETURNING
     return member.state
-
-
-def _back_at_start(member: Member) -> bool:
-    return member.rung == 0 and member.state is MemberState.RETURNED
 
 
 def _repeats(age_s: float) -> int:
@@ -1046,7 +663,3 @@ def _coarse(seconds: float) -> float:
     if seconds < 120:
         return round(max(seconds, 0))
     return round(seconds / 60) * 60.0 if seconds < 7200 else round(seconds / 3600) * 3600.0
-
-
-def _some(devices: Iterable[str]) -> list[str]:
-    return list(devices)[:LISTED]

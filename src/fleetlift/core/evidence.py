@@ -1,5 +1,6 @@
 """What the reports of devices and the telemetry seen of them prove about their moves."""
 
+from collections.abc import Iterable
 from typing import Final
 
 from msgspec.structs import replace
@@ -71,6 +72,11 @@ def newest(seen: DeviceObservation) -> DeviceReport | None:
     return max(reports, key=lambda report: report.epoch, default=None)
 
 
+def listed(devices: Iterable[str]) -> list[str]:
+    """The first of them, as many as one line of evidence names."""
+    return list(devices)[:LISTED]
+
+
 class Moves:
     """Devices told to move that could be reached: moved, failed, or still under way."""
 
@@ -109,7 +115,7 @@ def _success(moves: Moves, *, hoped: int = 0, feared: int = 0) -> Sample:
     return Sample(
         value=100.0 * (len(moved) + hoped) / total,
         n=total,
-        evidence={"summary": summary, "failed": names[:LISTED]},
+        evidence={"summary": summary, "failed": listed(names)},
     )
 
 
@@ -117,4 +123,4 @@ def failures(moves: Moves) -> Sample:
     names = [member.device for member in moves.failed]
     known = len(moves.moved) + len(names)
     summary = f"of {format_devices(known)}" + (f": {format_some(names, 3)}" if names else "")
-    return Sample(value=len(names), n=known, evidence={"summary": summary, "failed": names[:LISTED]})
+    return Sample(value=len(names), n=known, evidence={"summary": summary, "failed": listed(names)})

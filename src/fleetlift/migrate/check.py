@@ -6,14 +6,14 @@ from enum import StrEnum
 import msgspec
 
 from fleetlift.core import where
-from fleetlift.core.decide import cannot_move
 from fleetlift.core.errors import FleetError
 from fleetlift.core.gates import Gate, Source
 from fleetlift.core.migration import FleetDevice, Phase
 from fleetlift.core.plan import Plan, gates_of, ladder
+from fleetlift.core.selection import cannot_move, selected
 from fleetlift.core.units import Share, format_devices
 from fleetlift.core.waves import approved, ordered
-from fleetlift.migrate.controller import read_inventory, selected
+from fleetlift.migrate.controller import read_inventory
 from fleetlift.migrate.free_queries import free_sql, prometheus
 from fleetlift.migrate.planfile import parse_plan
 from fleetlift.store import engine as store

@@ -22,8 +22,7 @@ import asyncpg
 
 from fleetlift.backend.context import Context
 from fleetlift.config import Settings
-from fleetlift.core import where
-from fleetlift.core.decide import begin, decide, record_of
+from fleetlift.core.decide import begin, decide
 from fleetlift.core.errors import BadInput, Conflict, FleetError
 from fleetlift.core.migration import (
     AuditEntry,
@@ -40,6 +39,7 @@ from fleetlift.core.migration import (
 )
 from fleetlift.core.orders import DeviceReport, Orders
 from fleetlift.core.plan import Plan, Rung, check_amendment, ladder
+from fleetlift.core.selection import selected
 from fleetlift.core.timeline import GatePoint, TimelinePoint
 from fleetlift.levers.flag import FlagLever, Observed
 from fleetlift.log import get_logger
@@ -115,14 +115,6 @@ def side_entry(plan: Plan) -> dict[str, str]:
 def bridge_key(plan: Plan) -> str:
     """Names the old side in `feed_position`: its kind and address, since each server counts for itself."""
     return f"{plan.old.kind} {plan.old.address}"
-
-
-def selected(plan: Plan, inventory: Sequence[FleetDevice]) -> tuple[FleetDevice, ...]:
-    """The devices that the plan's `where` selects of an inventory."""
-    if not plan.fleet.where.strip():
-        return tuple(inventory)
-    condition = where.parse(plan.fleet.where)
-    return tuple(d for d in inventory if where.evaluate(condition, record_of(plan.fleet, d)))
 
 
 async def read_inventory(plan: Plan) -> tuple[FleetDevice, ...]:
