@@ -144,6 +144,29 @@ async def test_commands_reach_a_device_by_the_side_that_it_obeys(ctx: Context, s
     assert await side.deliver({"car-1": order(24, new)}) == {}
 
 
+async def test_a_command_under_way_follows_a_device_that_has_changed_sides(
+    ctx: Context, side: FleetliftSide
+) -> None:
+    """What was sent by the side that the device has just left goes by the other one too, once."""
+    new = replace(BOTH, commands=CommandsFlag.NEW)
+    await side.deliver({"car-1": order(20, new)})
+    await side.follow_reports({"car-1": DeviceReport(epoch=20, phase=DevicePhase.MOVED, flags=new)})
+    made = await commands.create_command(ctx, "car-1", "lock")
+    assert [p.path for p in made.paths] == ["new"]
+    back = DeviceReport(epoch=20, phase=DevicePhase.WENT_BACK, flags=Flags())
+    await FleetliftSide(ctx, tenant="another", key=KEY).follow_reports({"car-1": back})
+    assert len((await commands.get_command(ctx, made.id)).paths) == 1
+    for _ in range(2):
+        await side.follow_reports({"car-1": back})
+    paths = (await commands.get_command(ctx, made.id)).paths
+    assert [(p.path, p.mode, p.status) for p in paths] == [
+        ("old", "execute", "queued"),
+        ("new", "execute", "queued"),
+    ]
+    probes = [c for c in (await commands.list_commands(ctx, "car-1")).items if c.name == PROBE_COMMAND]
+    assert [[p.path for p in c.paths] for c in probes] == [["new"]]
+
+
 async def test_what_a_device_says_by_the_new_side_is_the_evidence(ctx: Context, side: FleetliftSide) -> None:
     """Its report comes from the shadow's reported state; a device never seen is not in it."""
     report = DeviceReport(epoch=20, phase=DevicePhase.MOVED, flags=BOTH)

@@ -23,6 +23,7 @@ from nats.errors import Error as NatsError
 from fleetlift.backend import commands, registry, shadows
 from fleetlift.backend.shadows import Services
 from fleetlift.bus.subjects import STREAM
+from fleetlift.core.command import Path as CommandPath
 from fleetlift.core.errors import BadInput, Unavailable
 from fleetlift.core.jsonvalue import JsonObject
 from fleetlift.core.migration import DeviceObservation, FleetDevice
@@ -38,6 +39,7 @@ from fleetlift.core.orders import (
 from fleetlift.core.telemetry import MQTT_PATH
 from fleetlift.log import get_logger
 from fleetlift.sides.base import FeedItem, Side, SideCommand
+from fleetlift.store import commands as command_store
 from fleetlift.store import devices as device_store
 from fleetlift.store import presence as presence_store
 from fleetlift.store import shadows as shadow_store
@@ -271,26 +273,32 @@ class FleetliftSide:
         """Route commands as devices say that they obey, unless a newer order was given meanwhile.
 
         A device that went back by itself, or was brought back while this side was away, is reached by the
-        side that it trusts now. The epoch stays: what a device says does not make later orders old.
+        side that it trusts now, also by commands under way to the other one: those go by both from here on.
+        The epoch stays: what a device says does not make later orders old.
         """
         settled = {d: r for d, r in reports.items() if r.phase is not DevicePhase.TRYING}
         for chunk in _chunks(list(settled)):
             said = [settled[device] for device in chunk]
             with _reachable():
-                async with self._pool.acquire() as conn:
-                    await conn.execute(
+                async with self._pool.acquire() as conn, conn.transaction():
+                    changed = await conn.fetch(
                         "UPDATE device_route r SET telemetry = o.telemetry, commands = o.commands, "
                         "link = o.link, updated_at = now() FROM unnest($1::text[], $2::bigint[], $3::text[], "
                         "$4::text[], $5::text[]) o(device, epoch, telemetry, commands, link) "
-                        "WHERE r.device = o.device AND r.epoch <= o.epoch AND "
+                        "WHERE r.device = o.device AND r.epoch <= o.epoch AND EXISTS "
+                        "(SELECT FROM device d WHERE d.id = r.device AND d.tenant = $6) AND "
                         "(r.telemetry, r.commands, r.link) IS DISTINCT FROM "
-                        "(o.telemetry, o.commands, o.link)",
+                        "(o.telemetry, o.commands, o.link) RETURNING r.device, r.commands",
                         chunk,
                         [report.epoch for report in said],
                         [report.flags.telemetry.value for report in said],
                         [report.flags.commands.value for report in said],
                         [report.flags.link.value for report in said],
+                        self._tenant,
                     )
+                    for path, flags in ((CommandPath.OLD, ("old", "dry-run")), (CommandPath.NEW, ("new",))):
+                        devices = [row["device"] for row in changed if row["commands"] in flags]
+                        await command_store.add_path(conn, devices, path, but=PROBE_COMMAND)
 
     @staticmethod
     def _older(orders: Mapping[str, Orders]) -> Callable[[str, JsonObject | None], str | None]:

@@ -123,6 +123,22 @@ async def insert(conn: Conn, commands: Sequence[Command]) -> None:
     )
 
 
+async def add_path(conn: Conn, devices: Sequence[str], path: Path, *, but: str) -> None:
+    """Let open commands of `devices` that do not go by `path` go by it as well, except those named `but`."""
+    await conn.execute(
+        """WITH c AS (
+               SELECT id, device, mode FROM command
+               WHERE device = ANY($1::text[]) AND ended_at IS NULL AND expires_at > now() AND name <> $3
+               ORDER BY id FOR UPDATE)
+           INSERT INTO command_path (command, path, device, mode, status, created_at)
+           SELECT id, $2, device, mode, 'queued', now() FROM c
+           ON CONFLICT DO NOTHING""",
+        devices,
+        path.value,
+        but,
+    )
+
+
 async def get_many(conn: Conn, ids: Collection[str]) -> dict[str, Command]:
     """Commands by id, with their paths. What is no UUID is not found."""
     wanted = list(filter(None, map(_canonical, ids)))
