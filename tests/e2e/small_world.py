@@ -175,15 +175,20 @@ async def small_world(
     misbehaving: Mapping[str, Misbehaviour] | None = None,
     environment: Mapping[str, str] | None = None,
     commanded: bool = True,
+    tls: bool = False,
 ) -> AsyncIterator[World]:
-    """Legacy server, backend and fleet, all running; `car-0` has hardware 1, the others 2."""
+    """Legacy server, backend and fleet, all running; `car-0` has hardware 1, the others 2.
+
+    With `tls` the backend takes devices by TLS only, with a certificate of its own authority.
+    """
+    listen: dict[str, Any] = {"mqtt": "", "arguments": ["--mqtts", "127.0.0.1:0"]} if tls else {}
     keys = {f"car-{n}": f"not-a-real-key-of-car-{n}" for n in range(devices)}
     attributes = {f"car-{n}": {"hardware": 1 if n == 0 else 2} for n in range(devices)}
     async with contextlib.AsyncExitStack() as stack:
         legacy = await stack.enter_async_context(LegacyServer(directory / "legacy"))
         await legacy.register([DeviceSeed(d, key, attributes[d]) for d, key in keys.items()])
         backend = await stack.enter_async_context(
-            running_backend(directory / "backend", environment=environment or {})
+            running_backend(directory / "backend", environment=environment or {}, **listen)
         )
         fleet = Fleet(
             [DeviceSpec(d, key, attributes[d], None, (misbehaving or {}).get(d)) for d, key in keys.items()],
