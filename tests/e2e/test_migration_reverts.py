@@ -4,8 +4,9 @@ import asyncio
 from pathlib import Path
 from typing import Any
 
+import asyncpg
 import pytest
-from small_world import small_world
+from small_world import World, small_world
 
 from fleetlift.core.orders import DevicePhase, Flags
 from fleetlift.device.shell import Misbehaviour
@@ -61,6 +62,9 @@ async def test_a_person_takes_one_device_back_and_then_everything() -> None:
             )
             assert world.fleet.status().connected_old == 6
             await world.nothing_lost_nothing_twice()
+            await world.call("POST", "/migrations/small/release?wait=5", {})
+            await world.until(lambda s: s["phase"] == "released", within_s=20)
+            assert await _kept_credentials(world) == 0
 
 
 @pytest.mark.timeout(150)
@@ -87,6 +91,14 @@ async def test_with_the_new_side_dead_the_journal_brings_everything_back() -> No
             kinds = [event["kind"] for event in await world.events()]
             assert "emergency_taken_in" in kinds
             await world.nothing_lost_nothing_twice()
+
+
+async def _kept_credentials(world: World) -> int:
+    connection = await asyncpg.connect(world.backend.settings.database_url)
+    try:
+        return int(await connection.fetchval("SELECT count(*) FROM device_credential"))
+    finally:
+        await connection.close()
 
 
 async def _eventually(what: Any, within_s: float = 15.0) -> None:

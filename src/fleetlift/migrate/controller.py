@@ -451,6 +451,9 @@ class Runner:
             now,
         )
         self._switch.step("decided")
+        if decision.state.phase is Phase.RELEASED:
+            # Before the release is committed: nobody takes the migration up again after it.
+            await self._new.withdraw([m.device for m in decision.state.members.values() if m.rung == 0])
 
         audit = (*decision.audit, *refused.values())
         answered = (*decision.answered, *refused)

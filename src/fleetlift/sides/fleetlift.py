@@ -195,6 +195,13 @@ class FleetliftSide:
             for device in found
         ]
 
+    async def withdraw(self, devices: Sequence[str]) -> None:
+        """Take back the credentials of devices that stay with the old side for good. Safe to repeat."""
+        for chunk in _chunks(list(devices)):
+            with _reachable():
+                async with self._pool.acquire() as conn:
+                    await registry.withdraw_generated(conn, chunk)
+
     async def deliver(self, orders: Mapping[str, Orders]) -> Mapping[str, str]:
         """Route, shadow and, where the new side is to be tried, credential and probe; refusals by device.
 
