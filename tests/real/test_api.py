@@ -660,6 +660,23 @@ async def test_a_migration_is_shown_whole(house: House) -> None:
     is_problem(await viewer.get(f"{V1}/migrations/none"), 404)
 
 
+async def test_a_migration_does_not_take_back_devices_that_another_one_has(house: House) -> None:
+    """`connect` went back and `again` took its devices: `connect` is neither resumed nor amended."""
+    await started(house)
+    await started(house, "again")
+    operator = house["operator"]
+    for path, body in (
+        ("connect/resume", None),
+        ("connect/resume", {"device": "car-1"}),
+        ("connect/amend", {"plan": PLAN}),
+    ):
+        told = is_problem(await operator.post(f"{V1}/migrations/{path}", json=body), 409)
+        assert "'again'" in told["detail"] and "car-1" in told["detail"]
+    async with house.ctx.pool.acquire() as conn:
+        await conn.execute("UPDATE engine.migration SET phase = 'released' WHERE name = 'again'")
+    assert (await operator.post(f"{V1}/migrations/connect/resume")).status_code == 202
+
+
 async def test_requests_reach_the_controller_with_the_callers_name(house: House) -> None:
     await started(house)
     operator = house["operator@carshare"]

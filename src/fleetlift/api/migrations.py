@@ -228,6 +228,19 @@ async def check_member(request: Call, name: str, device: str) -> None:
             raise NotFound(f"device {device!r} is not part of migration {name!r}: check its id")
 
 
+async def check_unclaimed(request: Call, name: str, device: str | None = None) -> None:
+    """Conflict when another migration has taken devices of this one (or `device`) since it went back."""
+    async with services(request).engine.acquire() as conn:
+        await visible(conn, request, name)
+        taken = await store.claimed_from(conn, name, controller.BUSY, device=device)
+    if taken:
+        one, other = taken[0]
+        raise Conflict(
+            f"{len(taken)} of the devices of {name!r} are part of migration {other!r} by now ({one}, for "
+            "one): revert or release that one first"
+        )
+
+
 async def ask(
     request: Call, name: str, kind: RequestKind, args: dict[str, Any], wait: float
 ) -> Response[Asked]:
@@ -260,6 +273,7 @@ async def resume(
     if data and data.device:
         args = {"device": data.device}
         await check_member(request, name, data.device)
+    await check_unclaimed(request, name, args.get("device"))
     return await ask(request, name, RequestKind.RESUME, args, wait)
 
 
@@ -312,6 +326,7 @@ async def amend(
     if plan.fleet.tenant != held.tenant:
         raise Conflict(f"The plan is of tenant {plan.fleet.tenant!r}, the migration of {held.tenant!r}.")
     check_amendment(parse_plan(held.plan), plan, held.state.rung)
+    await check_unclaimed(request, name)
     return await ask(request, name, RequestKind.AMEND, {"plan": data.plan}, wait)
 
 

@@ -8,12 +8,12 @@ import msgspec
 from fleetlift.core import where
 from fleetlift.core.errors import FleetError
 from fleetlift.core.gates import Gate, Source
-from fleetlift.core.migration import FleetDevice, Phase
+from fleetlift.core.migration import FleetDevice
 from fleetlift.core.plan import Plan, gates_of, ladder
 from fleetlift.core.selection import cannot_move, selected
 from fleetlift.core.units import Share, format_devices
 from fleetlift.core.waves import approved, ordered
-from fleetlift.migrate.controller import read_inventory
+from fleetlift.migrate.controller import BUSY, read_inventory
 from fleetlift.migrate.free_queries import free_sql, prometheus
 from fleetlift.migrate.planfile import parse_plan
 from fleetlift.store import engine as store
@@ -21,7 +21,6 @@ from fleetlift.store.pool import Pool
 
 SHOWN_MAX = 1000  # devices named in one list of the answer
 RECENT_S = 3600.0
-_BUSY = (Phase.RUNNING, Phase.PAUSED, Phase.HELD, Phase.REVERTING, Phase.FINISHED)
 
 
 class Severity(StrEnum):
@@ -208,7 +207,7 @@ async def _engine_findings(engine: Pool, plan: Plan, fleet: Sequence[FleetDevice
     found = []
     async with engine.acquire() as conn:
         phase = await conn.fetchval("SELECT phase FROM engine.migration WHERE name = $1", plan.name)
-        taken = await store.claimed(conn, [d.id for d in fleet], _BUSY)
+        taken = await store.claimed(conn, [d.id for d in fleet], BUSY)
     if phase is not None:
         found.append(
             Finding(

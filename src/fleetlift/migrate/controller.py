@@ -65,7 +65,8 @@ PAUSE_MOST_S = 3.0  # a round that waited for a side that hangs must not be foll
 SAMPLE_EVERY_S = 1.0
 LEADER = "migration controller"
 ERROR_PAUSE_S = 2.0
-_BUSY = (Phase.RUNNING, Phase.PAUSED, Phase.HELD, Phase.REVERTING, Phase.FINISHED)
+# a migration in one of these has its devices to itself
+BUSY = (Phase.RUNNING, Phase.PAUSED, Phase.HELD, Phase.REVERTING, Phase.FINISHED)
 
 
 class KillSwitch:
@@ -145,7 +146,7 @@ async def start_migration(
         epoch = max(await store.highest_epoch(conn), int(now))
         state = begin(plan, fleet, epoch)
         moving = [m.device for m in state.members.values() if m.state is not MemberState.EXCLUDED]
-        if taken := await store.claimed(conn, moving, _BUSY):
+        if taken := await store.claimed(conn, moving, BUSY):
             device, other = taken[0]
             raise Conflict(
                 f"{len(taken)} of these devices are part of migration {other!r} ({device}, for one): "

@@ -362,6 +362,27 @@ async def claimed(conn: Conn, devices: Sequence[str], phases: Sequence[Phase]) -
     return [(row["device"], row["migration"]) for row in rows]
 
 
+async def claimed_from(
+    conn: Conn, name: str, phases: Sequence[Phase], *, device: str | None = None
+) -> list[tuple[str, str]]:
+    """(device, other migration) of the devices of `name` that another one in one of `phases` has by now.
+
+    `device`: this one only, also where `name` excludes it.
+    """
+    members = await conn.fetch(
+        "SELECT device FROM engine.member WHERE migration = $1 "
+        "AND (device = $2::text OR ($2::text IS NULL AND state <> $3))",
+        name,
+        device,
+        MemberState.EXCLUDED.value,
+    )
+    return [
+        (one, other)
+        for one, other in await claimed(conn, [row["device"] for row in members], phases)
+        if other != name
+    ]
+
+
 async def open_requests(conn: Conn, name: str) -> tuple[Request, ...]:
     """Requests not yet answered, in the order they were made."""
     rows = await conn.fetch(
