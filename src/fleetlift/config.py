@@ -187,7 +187,7 @@ def join_address(host: str, port: int) -> str:
 
 
 def checked_address(text: str, purpose: str) -> str:
-    """`text` with a real port that can be listened on now. Raises BadInput when it is busy or not ours."""
+    """`text` with a real port that can be listened on now. Raises Unavailable when it is busy or not ours."""
     host, port = split_address(text)
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     with socket.socket(family, socket.SOCK_STREAM) as probe:
@@ -198,7 +198,7 @@ def checked_address(text: str, purpose: str) -> str:
             probe.listen(1)
         except OSError as problem:
             reason = problem.strerror or str(problem)
-            raise BadInput(
+            raise Unavailable(
                 f"{purpose} cannot listen on {text} ({reason.lower()}): choose another address with "
                 f"--{purpose}, or stop the program that uses it"
             ) from problem

@@ -72,7 +72,7 @@ def test_a_busy_port_is_refused_with_what_to_do() -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen(1)
-        with pytest.raises(BadInput, match="choose another address with --http"):
+        with pytest.raises(Unavailable, match="choose another address with --http"):
             checked_address(f"127.0.0.1:{taken.getsockname()[1]}", "http")
 
 

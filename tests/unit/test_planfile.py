@@ -249,6 +249,13 @@ def test_all_mistakes_of_a_file_are_told_at_once() -> None:
     assert [line for line, _, _ in problems(text)] == [2, 6, 7, 7, 8, 9]
 
 
+def test_a_wrong_bake_at_the_top_is_one_mistake() -> None:
+    """The steps that would have had it are not said to lack theirs."""
+    step = "  - {move: telemetry, waves: [100%]}\n"
+    found = problems("bake: 5\n" + HEAD + step)
+    assert [key for _, key, _ in found] == ["bake"]
+
+
 def test_the_text_of_the_error_can_be_clicked_on() -> None:
     with pytest.raises(BadPlan) as caught:
         parse_plan(HEAD + step("waves: [0%]"), file="fleet/plan.yaml")

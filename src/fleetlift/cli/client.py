@@ -6,6 +6,7 @@ environment (`FLEETLIFT_URL`, `FLEETLIFT_TOKEN`, `FLEETLIFT_CA`), `./fleetlift-d
 
 import json
 import os
+import re
 import shlex
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -176,7 +177,7 @@ class Api:
         return response
 
     def _unreachable(self, exc: Exception) -> FleetError:
-        text = str(exc)
+        text = re.sub(r"^\[Errno -?\d+\] ", "", str(exc)).lower()
         if "CERTIFICATE" in text.upper():
             return Unavailable(
                 f"{self.url} shows a certificate that cannot be checked ({text}). Set FLEETLIFT_CA to the "

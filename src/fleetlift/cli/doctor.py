@@ -82,10 +82,11 @@ def doctor(
         console = out()
         for finding in findings:
             sign = {State.OK: "ok", State.WARN: "hold", State.FAIL: "failed"}[finding.state]
-            line = signed(sign, f"{finding.state.value:<5}")
-            console.print(line, f"{finding.check:<12}", finding.text, soft_wrap=True)
+            pad = " " * (len("fail") - len(finding.state.value))
+            line = signed(sign, finding.state.value)
+            console.print(line, f"{pad}{finding.check:<12}", finding.text, soft_wrap=True)
             if finding.advice:
-                console.print(f"{'':8}{'':12} → {finding.advice}", soft_wrap=True)
+                console.print(f"{'':20}→ {finding.advice}", soft_wrap=True)
     if any(finding.state is State.FAIL for finding in findings):
         raise typer.Exit(1)
 
@@ -231,7 +232,7 @@ def check_ports(patient: Patient) -> Iterator[Finding]:
             continue
         try:
             checked_address(address, name)
-        except BadInput as problem:
+        except (BadInput, Unavailable) as problem:
             # With an instance running elsewhere the default port is nobody's loss.
             state = State.FAIL if ours is None else State.WARN
             text, _, advice = str(problem).partition(": ")

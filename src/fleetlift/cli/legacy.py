@@ -103,7 +103,10 @@ def serve(
     try:
         uvloop.run(run())
     except OSError as exc:
-        raise BadInput(f"cannot listen on {listen}: {exc.strerror or exc}; give another --listen") from exc
+        reason = (
+            os.strerror(exc.errno).lower() if exc.errno else str(exc)
+        )  # asyncio's own text repeats the address
+        raise BadInput(f"cannot listen on {listen} ({reason}): give another --listen") from exc
 
 
 @app.command(name="devices")

@@ -152,6 +152,7 @@ class _Reader:
         self.problems: list[Problem] = []
         self._side_kinds = side_kinds
         self._levers = levers
+        self._bake_given = False
 
     # -- the parts of a plan ---------------------------------------------------------------------------
 
@@ -176,6 +177,7 @@ class _Reader:
         try_within_s = self._get(top, "try_within", self._positive, 30.0)
         new_lost_limit_s = self._get(top, "new_lost_limit", self._positive, 30.0)
         defaults = self._defaults(top, "")
+        self._bake_given = "bake" in top  # also when it is wrong: then that is said, once
         steps = self._steps(top["steps"], defaults) if "steps" in top else None
         if old is not None and new is not None and old == new:
             self._wrong(top["to"], "to", "is the same as 'from': a migration needs two sides")
@@ -327,7 +329,7 @@ class _Reader:
         waves = self._get(parts, "waves", self._waves, at=key)
         gates = self._get(parts, "gates", self._gates, _NO_GATES, at=key)
         own = {**defaults, **self._defaults(parts, key)}
-        if "bake" not in own and "bake" not in parts:
+        if "bake" not in parts and not self._bake_given:
             self._wrong(node, key, "bake is missing: how long a wave is watched before the next, such as 2h")
         if move_text is None:
             return None

@@ -259,10 +259,15 @@ def _stayed(data: ReportData) -> str:
     rows = []
     for m in rest:
         stands = data.rungs[m.rung] if m.rung < len(data.rungs) else str(m.rung)
-        about = ", ".join(f"{k} {v}" for k, v in sorted(m.attributes.items()))
+        about = ", ".join(f"{k} {_plain(v)}" for k, v in sorted(m.attributes.items()))
         cells = (m.device, m.state, stands, m.reason, about)
         rows.append("<tr>" + "".join(f"<td>{escape(str(c))}</td>" for c in cells) + "</tr>")
     return _table(("device", "state", "stands at", "why", "attributes"), rows)
+
+
+def _plain(value: Any) -> str:
+    """An attribute as the plan and the API write it: `true`, not Python's `True`."""
+    return value if isinstance(value, str) else msgspec.json.encode(value).decode()
 
 
 def _ledger(data: ReportData) -> str:

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import os
 from collections.abc import AsyncGenerator, Callable, Coroutine, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any, TypeVar
@@ -186,7 +187,7 @@ class LegacySide:
             async with asyncio.timeout(CONNECT_WITHIN_S):
                 reader, writer = await asyncio.open_connection(self._host, self._port, limit=READ_BYTES)
         except (OSError, TimeoutError) as exc:
-            raise self._unavailable(str(exc) or "no answer") from exc
+            raise self._unavailable(_reason(exc)) from exc
         connection = _Connection(reader, writer, self._unavailable)
         try:
             connection.write(wire.OwnerLogin(self._key))
@@ -380,3 +381,10 @@ def _object(text: bytes) -> dict[str, Any]:
     except (ValueError, RecursionError):
         value = None
     return value if isinstance(value, dict) else {"unreadable": text.decode(errors="replace")}
+
+
+def _reason(exc: OSError) -> str:
+    """Why a connection was not made, in words alone: asyncio's text has a number and the address."""
+    if exc.errno is not None and exc.errno > 0:
+        return os.strerror(exc.errno).lower()
+    return str(exc) or "no answer"
