@@ -326,3 +326,31 @@ def test_the_page_of_the_command_line_is_up_to_date() -> None:
         [sys.executable, str(script), "--check"], capture_output=True, text=True, env=CLEAN, check=False
     )
     assert done.returncode == 0, done.stderr
+
+
+def test_a_narrow_table_keeps_names_whole_and_says_which_columns_it_leaves_out() -> None:
+    from fleetlift.cli.screen import fitting
+
+    assert fitting([36, 6, 0, 19], 80) == {0: 36, 1: 6, 3: 19}  # an empty column goes
+    assert fitting([36, 6, 100], 80) == {0: 36, 1: 6, 2: 34}  # a long one gives way
+    assert fitting([36, 19, 19, 30], 80) == {0: 36, 1: 19, 2: 19}  # the rightmost is left out
+    assert fitting([100, 5], 80) == {0: 100}
+
+
+@pytest.mark.parametrize(
+    ("status", "detail", "told"),
+    [
+        ("would-execute", {"reasonCode": "WOULD_EXECUTE", "reasonDescription": ""}, ""),
+        ("failed", {"reasonCode": "JAMMED", "reasonDescription": "ice"}, ", JAMMED: ice"),
+        ("succeeded", {"result": {"locked": True}}, '  {"result": {"locked": true}}'),
+    ],
+)
+def test_a_commands_outcome_reads_as_words(status: str, detail: dict[str, object], told: str) -> None:
+    from fleetlift.cli.command import outcome
+
+    assert outcome(status, detail) == told
+
+
+def test_help_texts_break_where_the_screen_ends() -> None:
+    command = cli.load("serve")
+    assert all("\n" not in paragraph for paragraph in command.help.split("\n\n"))

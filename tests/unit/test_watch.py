@@ -93,6 +93,7 @@ def test_a_silent_controller_is_noticed() -> None:
 def test_approval_names_the_command_to_give() -> None:
     waiting = replace(RUNNING, wave_phase=WavePhase.AWAITING_APPROVAL)
     assert "fleetlift migrate approve connect-to-fleetlift" in shown(waiting, 120, 30)
+    assert "fleetlift migrate approve connect-to-fleetlift" in shown(waiting, 80, 30)
 
 
 def test_every_phase_and_wave_phase_can_be_shown() -> None:

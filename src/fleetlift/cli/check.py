@@ -28,10 +28,10 @@ def lines(found: Mapping[str, Any], width: int) -> list[Text]:
             f"{found['inventory']:,} devices known, {found['selected']:,} selected, {found['movable']:,} to "
             f"be moved ({found['connected']:,} connected now), {found['excluded_total']:,} left out"
         ),
-        Text(),
     ]
-    shown += waves(found["rungs"])
-    shown.append(Text(f"At least {span(found['takes_s'])} of baking.", style=FAINT))
+    if found["movable"]:
+        shown += [Text(), *waves(found["rungs"])]
+        shown.append(Text(f"At least {span(found['takes_s'])} of baking.", style=FAINT))
     if found["order"]:
         shown += [Text(), Text("First to move", style="bold"), *wrapped(found["order"][:40], width)]
     if found["excluded"]:

@@ -47,7 +47,7 @@ def send(
     device: Device,
     name: Annotated[str, typer.Argument(help="The command, as in lock.")],
     pairs: Annotated[
-        list[str] | None, typer.Argument(metavar="[NAME=VALUE]...", help="Parameters.", show_default=False)
+        list[str] | None, typer.Argument(metavar="NAME=VALUE", help="Parameters.", show_default=False)
     ] = None,
     params: Annotated[
         str | None, typer.Option("--params", help="Parameters as one JSON object.", show_default=False)
@@ -112,13 +112,13 @@ def list_(device: Device, limit: Limit = 100, data: Data = None, as_json: Json =
             ("Command", lambda c: c["id"]),
             ("Name", lambda c: c["name"]),
             ("Status", lambda c: signed(c["status"])),
-            ("Mode", lambda c: c["mode"]),
-            ("Sent", lambda c: when(c["created_at"])),
-            ("By path", lambda c: ", ".join(f"{p['path']} {p['status']}" for p in c["paths"])),
             (
                 "Latency",
                 lambda c: ", ".join(span(p["latency"]) for p in c["paths"] if p["latency"] is not None),
             ),
+            ("Sent", lambda c: when(c["created_at"])),
+            ("Mode", lambda c: c["mode"]),
+            ("By path", lambda c: ", ".join(f"{p['path']} {p['status']}" for p in c["paths"])),
             ("Params", lambda c: compact(c["params"], 30)),
         ],
         as_json=as_json,
@@ -141,6 +141,18 @@ def display(command: Mapping[str, Any]) -> None:
     ]
     for path in command["paths"]:
         latency = f" after {span(path['latency'])}" if path["latency"] is not None else ""
-        detail = f"  {compact(path['detail'])}" if path["detail"] else ""
-        pairs.append((f"By {path['path']}", signed(path["status"], f"{path['status']}{latency}{detail}")))
+        told = outcome(path["status"], path["detail"])
+        pairs.append((f"By {path['path']}", signed(path["status"], f"{path['status']}{latency}{told}")))
     details(pairs)
+
+
+def outcome(status: str, detail: Mapping[str, Any]) -> str:
+    """What a path tells beside its status: the reason in words, then all the rest as JSON; often nothing."""
+    from fleetlift.cli.screen import compact
+
+    rest = dict(detail)
+    code, text = str(rest.pop("reasonCode", "")), str(rest.pop("reasonDescription", ""))
+    if code.lower().replace("_", "-") == status:
+        code = ""  # WOULD_EXECUTE says no more than would-execute
+    reason = ": ".join(filter(None, (code, text)))
+    return (f", {reason}" if reason else "") + (f"  {compact(rest, 200)}" if rest else "")

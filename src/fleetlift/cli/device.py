@@ -42,7 +42,7 @@ def run(
     ] = "FLEETLIFT_DEVICE_KEY",
     new: Annotated[
         str | None,
-        typer.Option(help="Start on the new side, as in mqtt://127.0.0.1:1883 or mqtts://…"),
+        typer.Option(help="Start on the new side, as in mqtt://127.0.0.1:1883 or mqtts://…; needs no key."),
     ] = None,
     new_key_env: Annotated[
         str, typer.Option(help="Environment variable with the password for --new.")
@@ -60,13 +60,15 @@ def run(
 ) -> None:
     """Run one device until SIGTERM or Ctrl-C, and tell what it does.
 
-    It measures an example value every second. Its key comes from a file or the environment, never from the
-    command line.
+    It measures an example value every second. Its secrets come from files or the environment, never from the
+    command line: the key for the old side, or with --new the password for the new one.
     """
     log.configure(level=log_level)
     checked_device_id(device)
-    key = _key(device, key_file, key_env)
     endpoint = None if new is None else _endpoint(new, ca)
+    # one that is on the new side needs no key of the old one, unless it is to have a way back
+    has_key = endpoint is None or key_file is not None or os.environ.get(key_env)
+    key = _key(device, key_file, key_env) if has_key else ""
     password = os.environ.get(new_key_env, "")
     if endpoint is not None and not password:
         raise BadInput(f"--new needs the device's password for it in {new_key_env}")

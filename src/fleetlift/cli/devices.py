@@ -36,12 +36,12 @@ def list_(
             ("Device", lambda d: d["id"]),
             ("Connection", lambda d: connection(d)),
             ("Since", lambda d: when(d["since"])),
+            ("Attributes", lambda d: compact(d["attributes"])),
             ("Tenant", lambda d: d["tenant"]),
             ("Dialect", lambda d: d["dialect"]),
-            ("Attributes", lambda d: compact(d["attributes"])),
         ],
         as_json=as_json,
-        empty="No such device.",
+        empty="No device fits." if where or tenant else "No device is registered.",
         more=more,
     )
 
@@ -65,8 +65,8 @@ def show(device: Device, data: Data = None, as_json: Json = False) -> None:
             ("Attributes", json.dumps(found["attributes"], ensure_ascii=False)),
             ("Credentials", ", ".join(found["credentials"]) or "none: it cannot sign in"),
             ("Connection", connection(found)),
-            ("Since", when(found["since"])),
-            ("Left because", found["reason"]),
+            *([("Since", when(found["since"]))] if found["since"] else []),
+            *([("Left because", found["reason"])] if found["reason"] else []),
             ("Created", when(found["created_at"])),
             ("Changed", when(found["updated_at"])),
         ]
@@ -105,11 +105,11 @@ def put(
     ] = None,
     public_key: Annotated[
         Path | None,
-        typer.Option("--public-key", help="PEM file, for signed JWTs.", show_default=False, exists=True),
+        typer.Option("--public-key", help="PEM file, for signed JWTs.", show_default=False),
     ] = None,
     certificate: Annotated[
         Path | None,
-        typer.Option("--certificate", help="PEM file of its certificate.", show_default=False, exists=True),
+        typer.Option("--certificate", help="PEM file of its certificate.", show_default=False),
     ] = None,
     data: Data = None,
     as_json: Json = False,
@@ -128,12 +128,12 @@ def put(
         body["tenant"] = tenant
     credentials = []
     if password_file is not None:
-        text = sys.stdin.read() if str(password_file) == "-" else password_file.read_text()
+        text = sys.stdin.read() if str(password_file) == "-" else read_file("--password-file", password_file)
         credentials.append({"kind": "password", "value": text.rstrip("\r\n")})
     if public_key is not None:
-        credentials.append({"kind": "public-key", "value": public_key.read_text()})
+        credentials.append({"kind": "public-key", "value": read_file("--public-key", public_key)})
     if certificate is not None:
-        credentials.append({"kind": "x509", "value": certificate.read_text()})
+        credentials.append({"kind": "x509", "value": read_file("--certificate", certificate)})
     if credentials:
         body["credentials"] = credentials
     with connect(data) as api:
@@ -152,6 +152,16 @@ def delete(device: Device, data: Data = None) -> None:
     with connect(data) as api:
         api.request("DELETE", f"/devices/{segment(device)}")
     say("done", f"{device} is deleted.")
+
+
+def read_file(option: str, path: Path) -> str:
+    """The text of a file that an option names; wrong use when it cannot be read."""
+    try:
+        return path.read_text()
+    except OSError as exc:
+        raise typer.BadParameter(f"{option} {path}: {exc.strerror}") from exc
+    except UnicodeDecodeError as exc:
+        raise typer.BadParameter(f"{option} {path}: not a text file in UTF-8") from exc
 
 
 def connection(device: Any) -> Any:

@@ -5,6 +5,7 @@ Exit status: 0 done, 1 failed or reverted, 2 wrong use.
 
 import importlib
 import os
+import re
 import sys
 from typing import Any, NamedTuple, NoReturn
 
@@ -38,7 +39,7 @@ AREAS: dict[str, Area] = {
         "Check this machine for what a backend needs, and say what to do.", (CLI + "doctor:doctor",), RUN
     ),
     "token": Area("Tokens for people and programs: create, list, revoke.", (CLI + "tokens:app",), RUN),
-    "tenants": Area("Tenants, the customers of a platform: list, create.", (CLI + "tenants:app",), RUN),
+    "tenant": Area("Tenants, the customers of a platform: create, list.", (CLI + "tenants:app",), RUN),
     "migrate": Area(
         "Move a live fleet: check, start, watch, approve, pause, revert, report.",
         (CLI + "migrate:app",),
@@ -89,7 +90,17 @@ def load(name: str) -> Any:
             app.callback()(lambda: None)  # one subcommand is still a subcommand
         command = get_command(app)
     command.name = name
+    reflow(command)
     return command
+
+
+def reflow(command: Any) -> None:
+    """Join the source's lines in every help text: paragraphs break where the screen ends."""
+    if command.help:
+        paragraphs = re.split(r"\n\s*\n", command.help.strip())
+        command.help = "\n\n".join(" ".join(paragraph.split()) for paragraph in paragraphs)
+    for child in getattr(command, "commands", {}).values():
+        reflow(child)
 
 
 class LazyCommand(TyperCommand):

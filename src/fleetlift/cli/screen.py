@@ -11,7 +11,8 @@ from contextlib import contextmanager
 from datetime import UTC, datetime
 from typing import Any, Protocol
 
-from rich.console import Console
+from rich.cells import cell_len
+from rich.console import Console, JustifyMethod
 from rich.table import Table
 from rich.text import Text
 
@@ -137,6 +138,9 @@ def compact(value: Any, width: int = 60) -> str:
     return text if len(text) <= width else text[: width - 1] + "…"
 
 
+GAP = 2  # between two columns
+LONG = 24  # a column this wide or narrower is never cut
+
 Cell = str | Text | int | float | None
 Column = tuple[str, Callable[[Mapping[str, Any]], Cell]]
 
@@ -159,16 +163,46 @@ def listing(
     if not items:
         note(empty)
         return
-    table = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
+    console = out()
     rows = [[read(item) for _, read in columns] for item in items]
-    for n, (heading, _) in enumerate(columns):
+    cells = [[_cell(value) for value in row] for row in rows]
+    natural = [
+        max(cell_len(heading), *(row[n].cell_len for row in cells))
+        if any(row[n].plain for row in cells)
+        else 0
+        for n, (heading, _) in enumerate(columns)
+    ]
+    widths = fitting(natural, console.width)
+    table = Table(box=None, pad_edge=False, header_style="bold", padding=(0, GAP, 0, 0))
+    for n, width in widths.items():
         numeric = all(isinstance(row[n], int | float) or row[n] is None for row in rows)
-        table.add_column(heading, justify="right" if numeric else "left", overflow="ellipsis", no_wrap=True)
-    for row in rows:
-        table.add_row(*(_cell(value) for value in row))
-    out().print(table)
+        justify: JustifyMethod = "right" if numeric else "left"
+        table.add_column(columns[n][0], justify=justify, width=width, overflow="ellipsis", no_wrap=True)
+    for line in cells:
+        table.add_row(*(line[n] for n in widths))
+    console.print(table)
+    if left_out := [heading for n, (heading, _) in enumerate(columns) if natural[n] and n not in widths]:
+        note(f"No room for: {', '.join(left_out)}. A wider terminal or --json shows them.")
     if more:
         note("There is more: raise --limit, or narrow the list.")
+
+
+def fitting(natural: Sequence[int], room: int) -> dict[int, int]:
+    """Which columns of a table to show in `room` characters, and how wide.
+
+    Empty columns (natural width 0) go. Long ones give way down to `LONG`; if that is not enough, columns are
+    left out from the right. The first, which names the row, always stays whole: it is what people copy.
+    """
+    shown = [n for n, width in enumerate(natural) if width or n == 0]
+    least = {n: natural[n] if n == 0 else min(natural[n], LONG) for n in shown}
+    while len(shown) > 1 and sum(least[n] + GAP for n in shown) - GAP > room:
+        shown.pop()
+    spare = room - (sum(least[n] + GAP for n in shown) - GAP)
+    widths = {}
+    for n in shown:
+        more = max(0, min(spare, natural[n] - least[n]))
+        widths[n], spare = least[n] + more, spare - more
+    return widths
 
 
 def _cell(value: Cell) -> Text:

@@ -82,7 +82,8 @@ def serve(
         "",
         "--mqtt",
         metavar="HOST:PORT",
-        help="Plain MQTT for devices [default: 127.0.0.1:1883, unless --mqtts].",
+        help="Plain MQTT for devices.",
+        show_default="127.0.0.1:1883, unless --mqtts",
     ),
     mqtts: str = typer.Option(
         "",

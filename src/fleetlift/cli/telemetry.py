@@ -67,11 +67,11 @@ def ledger(
         [
             ("Channel", lambda a: a["channel"]),
             ("Path", lambda a: a["path"]),
-            ("Numbers", lambda a: spans(a["ranges"], 3)),
             ("Messages", lambda a: a["distinct"]),
             ("Missing", lambda a: a["missing"]),
-            ("Gaps", lambda a: spans(a["gaps"], 3)),
             ("Doubles", lambda a: a["doubles"]),
+            ("Numbers", lambda a: spans(a["ranges"], 3)),
+            ("Gaps", lambda a: spans(a["gaps"], 3)),
             ("Last", lambda a: when(a["last_at"])),
         ],
         as_json=as_json,

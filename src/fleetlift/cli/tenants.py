@@ -1,4 +1,4 @@
-"""`fleetlift tenants`: the customers of a platform."""
+"""`fleetlift tenant`: the customers of a platform."""
 
 from typing import Annotated
 

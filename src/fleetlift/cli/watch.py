@@ -200,7 +200,10 @@ def doing(s: MigrationStatus, width: int) -> Text:
             whole = f" of {span(s.bake_s)}" if s.bake_s is not None else ""
             parts.append(Span(f"  ◷ baking {span(min(baked, s.bake_s or baked))}{whole}", LIVE))
         case WavePhase.AWAITING_APPROVAL:
-            parts.append(Span(f"  ? waiting for 'fleetlift migrate approve {s.name}'", WARN))
+            asked = Span(f"? waiting for 'fleetlift migrate approve {s.name}'", WARN)
+            whole_line = line(*parts, "  ", asked, width=10_000)
+            fits = whole_line.cell_len <= width  # what to type must not be cut off: else it comes first
+            parts = [*parts, "  ", asked] if fits else [asked, "  ", *parts]
         case WavePhase.RETURNING:
             parts.append(Span("  ↩ going back", BAD))
     if s.reason:
