@@ -31,7 +31,7 @@ from fleetlift.core.migration import (
 from fleetlift.core.status import from_document
 from fleetlift.core.telemetry import Telemetry
 from fleetlift.core.timeline import TimelinePoint
-from fleetlift.store import engine, telemetry
+from fleetlift.store import engine, ledger, telemetry
 
 V1 = "/api/v1"
 PLAN = """
@@ -537,6 +537,12 @@ async def test_the_ledger_shows_gaps_and_doubles_by_path(house: House) -> None:
         ("mqtt", 4, 6, 0, [[4, 4], [8, 10]], [[1, 3], [5, 7]]),
         ("any", 8, 2, 2, [[1, 5], [8, 10]], [[6, 7]]),
     ]
+    async with house.ctx.pool.acquire() as conn:  # the report's account of the same device
+        [account] = await ledger.by_device(conn, ["car-1", "car-2"])
+        totals = {t.path: (t.received, t.distinct, t.doubles) for t in await ledger.totals(conn)}
+    assert account.received == {"legacy": 7, "mqtt": 4}
+    assert (account.stored, account.missing, account.gaps) == (8, 2, ("obd {[6,8)}",))
+    assert totals == {"legacy": (7, 5, 2), "mqtt": (4, 4, 0)}
 
 
 async def test_messages_outlive_their_device_for_those_who_see_everything(house: House) -> None:

@@ -17,6 +17,7 @@ from fleetlift.core.plan import ladder
 from fleetlift.core.timeline import TimelinePoint
 from fleetlift.migrate.planfile import parse_plan
 from fleetlift.migrate.plots import Mark, Series, bands, clock_label, lines, value_label
+from fleetlift.store import ledger
 from fleetlift.store.pool import Pool
 
 
@@ -324,36 +325,6 @@ def duration_figure(seconds: float | None) -> str:
     return "not measured" if seconds is None else value_label(seconds, "s")
 
 
-LEDGER_TOTALS = """
-SELECT path, sum(received) AS received, sum(doubles) AS doubles,
-       sum((SELECT coalesce(sum(upper(r) - lower(r)), 0) FROM unnest(ranges) r)) + sum(uncounted)
-           AS distinct_messages
-  FROM ledger WHERE device = ANY($1) GROUP BY path ORDER BY path
-"""
-
-# What any path brought, by channel. Gaps: what lies between the first and last seq and nobody brought.
-LEDGER_DEVICES = """
-WITH known AS (
-    SELECT device, channel, range_agg(ranges) AS seqs, sum(uncounted) AS uncounted
-      FROM ledger WHERE device = ANY($1) GROUP BY device, channel
-), gaps AS (
-    SELECT device, channel, uncounted, seqs,
-           CASE WHEN isempty(seqs) THEN '{}'::int8multirange
-                ELSE int8multirange(int8range(lower(seqs), upper(seqs))) - seqs END AS gaps
-      FROM known
-)
-SELECT device,
-       sum((SELECT coalesce(sum(upper(r) - lower(r)), 0) FROM unnest(seqs) r)) + sum(uncounted) AS stored,
-       sum((SELECT coalesce(sum(upper(r) - lower(r)), 0) FROM unnest(gaps) r)) AS missing,
-       array_agg(channel || ' ' || gaps::text) FILTER (WHERE NOT isempty(gaps)) AS gaps
-  FROM gaps GROUP BY device ORDER BY device
-"""
-
-LEDGER_BY_PATH = (
-    "SELECT device, path, sum(received) AS received FROM ledger WHERE device = ANY($1) GROUP BY 1, 2"
-)
-
-
 async def report_html(engine: Pool, backend: Pool, name: str) -> str:
     """The report of migration `name` as it stands now. Raises NotFound."""
     return render(await read_report(engine, backend, name))
@@ -374,11 +345,9 @@ async def read_report(engine: Pool, backend: Pool, name: str, figures: Sequence[
         r["id"]: _json(r["attributes"])
         for r in await backend.fetch("SELECT id, attributes FROM device WHERE id = ANY($1)", devices)
     }
-    totals = await backend.fetch(LEDGER_TOTALS, devices)
-    by_path: dict[str, dict[str, int]] = {}
-    for r in await backend.fetch(LEDGER_BY_PATH, devices):
-        by_path.setdefault(r["device"], {})[r["path"]] = int(r["received"])
-    ledger = await backend.fetch(LEDGER_DEVICES, devices)
+    async with backend.acquire() as conn:
+        totals = await ledger.totals(conn, devices=devices)
+        accounts = await ledger.by_device(conn, devices)
     return ReportData(
         name=name,
         tenant=row["tenant"],
@@ -400,23 +369,14 @@ async def read_report(engine: Pool, backend: Pool, name: str, figures: Sequence[
             for a in audit
         ],
         totals=[
-            PathTotal(
-                path=t["path"],
-                received=int(t["received"]),
-                distinct=int(t["distinct_messages"]),
-                doubles=int(t["doubles"]),
-            )
+            PathTotal(path=t.path, received=t.received, distinct=t.distinct + t.uncounted, doubles=t.doubles)
             for t in totals
         ],
         ledger=[
             LedgerLine(
-                device=r["device"],
-                by_path=by_path.get(r["device"], {}),
-                stored=int(r["stored"]),
-                missing=int(r["missing"]),
-                gaps=tuple((r["gaps"] or ())[:5]),
+                device=a.device, by_path=a.received, stored=a.stored, missing=a.missing, gaps=a.gaps[:5]
             )
-            for r in ledger
+            for a in accounts
         ],
         members=[
             MemberLine(

@@ -77,6 +77,60 @@ async def totals(conn: Conn, *, devices: Sequence[str] | None = None) -> list[Pa
     return [PathTotals(**dict(r), distinct=r["received"] - r["doubles"] - r["uncounted"]) for r in found]
 
 
+class DeviceAccount(msgspec.Struct, frozen=True, kw_only=True):
+    """One device over all its channels. `received` copies by path; `stored` distinct messages by any path.
+
+    `missing` numbers lie between the first and the last of their channel and came by no path; `gaps` names
+    them, channel by channel.
+    """
+
+    device: str
+    received: dict[str, int]
+    stored: int
+    missing: int
+    gaps: tuple[str, ...]
+
+
+async def by_device(conn: Conn, devices: Sequence[str]) -> list[DeviceAccount]:
+    """The accounts of those of `devices` that anything has come from."""
+    received: dict[str, dict[str, int]] = {}
+    for r in await conn.fetch(
+        """SELECT device, path, sum(received)::bigint AS received FROM ledger
+           WHERE device = ANY($1) GROUP BY device, path""",
+        devices,
+    ):
+        received.setdefault(r["device"], {})[r["path"]] = r["received"]
+    found = await conn.fetch(
+        """WITH known AS (
+               SELECT device, channel, range_agg(ranges) AS seqs, sum(uncounted) AS uncounted
+                 FROM ledger WHERE device = ANY($1) GROUP BY device, channel
+           ), gaps AS (
+               SELECT device, channel, uncounted, seqs,
+                      CASE WHEN isempty(seqs) THEN '{}'::int8multirange
+                           ELSE int8multirange(int8range(lower(seqs), upper(seqs))) - seqs END AS gaps
+                 FROM known
+           )
+           SELECT device,
+                  sum((SELECT coalesce(sum(upper(r) - lower(r)), 0) FROM unnest(seqs) r))
+                      + sum(uncounted) AS stored,
+                  sum((SELECT coalesce(sum(upper(r) - lower(r)), 0) FROM unnest(gaps) r)) AS missing,
+                  array_agg(channel || ' ' || gaps::text) FILTER (WHERE NOT isempty(gaps)) AS gaps
+             FROM gaps GROUP BY device ORDER BY device
+                   """,
+        devices,
+    )
+    return [
+        DeviceAccount(
+            device=r["device"],
+            received=received.get(r["device"], {}),
+            stored=int(r["stored"]),
+            missing=int(r["missing"]),
+            gaps=tuple(r["gaps"] or ()),
+        )
+        for r in found
+    ]
+
+
 def _row(r: asyncpg.Record) -> LedgerRow:
     return LedgerRow(**{**dict(r), "ranges": RangeSet.from_pg(r["ranges"])})
 
