@@ -175,10 +175,15 @@ class Round:
             told += self.order(
                 (m for m in mine if m.came_from == goal), state=MemberState.RETURNING, rung=goal, reason=""
             )
+        self._returning(told, Phase.HELD, reason)
+        return told
+
+    def _returning(self, told: Sequence[Member], phase: Phase, reason: str) -> None:
+        """Devices are on their way back: no wave is open for them until they have arrived."""
         for member in told:
             self.put(member, wave=None)
         self.change(
-            phase=Phase.HELD,
+            phase=phase,
             wave_phase=WavePhase.RETURNING,
             reason=reason,
             reverts=self.state.reverts + 1,
@@ -186,7 +191,6 @@ class Round:
             unmeasured_since=None,
             approved=False,
         )
-        return told
 
     def revert_all(self, reason: str, kind: str, actor: str) -> None:
         told = self.order(
@@ -195,17 +199,7 @@ class Round:
             rung=0,
             reason="",
         )
-        for member in told:
-            self.put(member, wave=None)
-        self.change(
-            phase=Phase.REVERTING,
-            wave_phase=WavePhase.RETURNING,
-            reason=reason,
-            reverts=self.state.reverts + 1,
-            returned_at=None,
-            unmeasured_since=None,
-            approved=False,
-        )
+        self._returning(told, Phase.REVERTING, reason)
         self.note(kind, f"{reason}: {format_devices(len(told))} told to go back", actor, devices=len(told))
 
     def close_wave(self) -> None:
