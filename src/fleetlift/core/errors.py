@@ -14,7 +14,6 @@ from typing import ClassVar
 class FleetError(Exception):
     """Root of all errors that Fleetlift raises on purpose."""
 
-    retryable: ClassVar[bool] = False
     status: ClassVar[int] = 500
 
 
@@ -37,5 +36,4 @@ class Conflict(FleetError):
 
 
 class Unavailable(FleetError):
-    retryable = True
     status = 503
