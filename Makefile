@@ -4,7 +4,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.made
 
-.PHONY: help setup demo test check format docs lock clean
+.PHONY: help setup demo test check simulate soak fuzz bench bench-compare format docs lock clean
 
 help:            ## list the commands
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -31,6 +31,21 @@ check: $(STAMP)  ## format, lint, types, import rules (changes nothing)
 	@$(BIN)/ruff check .
 	@$(BIN)/mypy
 	@$(BIN)/lint-imports
+
+simulate: $(STAMP) ## whole migrations on a simulated clock and network, with faults; ARGS="--runs 10000 --seed 1"
+	@$(BIN)/fleetlift simulate $(ARGS)
+
+soak: $(STAMP)   ## kill every process of a running migration, again and again; ARGS="--for 1h"
+	@$(BIN)/fleetlift soak $(ARGS)
+
+fuzz: $(STAMP)   ## coverage-guided fuzzing of all that takes bytes from outside; ARGS="--for 10m"
+	@$(BIN)/python -m tests.fuzz $(ARGS)
+
+bench: $(STAMP)  ## measure everything; ONLY=name for one
+	@$(BIN)/python -m benchmarks $(if $(ONLY),--only $(ONLY)) $(ARGS)
+
+bench-compare: $(STAMP) ## what has changed since the run before
+	@$(BIN)/python -m benchmarks compare $(ARGS)
 
 format: $(STAMP) ## rewrite the code in the house format
 	@$(BIN)/ruff format .

@@ -1,0 +1,1 @@
+"""Whole migrations on a simulated clock, network and disk: the real agent, controller and codecs."""
