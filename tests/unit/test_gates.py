@@ -5,13 +5,14 @@ import math
 import re
 from pathlib import Path
 
+import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from fleetlift.core.errors import BadInput
 from fleetlift.core.gates import METRICS, Op, Source, judge, parse_gate, parse_query_gate
-from fleetlift.core.migration import Sample, Verdict
+from fleetlift.core.migration import GateResult, Sample, Verdict
 
 ADVANCE, HOLD, REVERT = Verdict.ADVANCE, Verdict.HOLD, Verdict.REVERT
 
@@ -195,6 +196,29 @@ def test_an_advance_always_rests_on_a_measurement_within_its_limit(
             assert math.isfinite(result.limit)
             beyond = value - result.limit if op == "<=" else result.limit - value
             assert beyond <= abs(result.limit) * 1e-6 + 1e-9
+
+
+@given(
+    st.sampled_from(list(METRICS)),
+    st.floats(allow_nan=True, allow_infinity=True) | st.none(),
+    st.integers(0, 100),
+    st.floats() | st.none(),
+    st.integers(0, 100),
+    st.sampled_from([{}, {"summary": "6 of 12", "examples": [{"device": "car-1"}]}]),
+)
+def test_a_verdict_can_be_computed_again_from_its_stored_sample(
+    name: str, value: float | None, n: int, old: float | None, old_n: int, evidence: dict[str, object]
+) -> None:
+    """What the audit log keeps is enough: judging the sample that a result carries gives that result."""
+    metric = METRICS[name]
+    limit = {"%": "95%", "s": "250ms", "": "3"}[metric.unit] + (" or 1.2 x old" if metric.has_old else "")
+    gate = parse_gate(f"{name} {'>=' if metric.better == 'higher' else '<='} {limit}")
+    sample = Sample(value=value, n=n, old=old, old_n=old_n, evidence=evidence)
+    for measured in (sample, None):
+        result = judge(gate, measured)
+        stored = msgspec.json.decode(msgspec.json.encode(result), type=GateResult)
+        assert stored == result
+        assert judge(gate, stored.sample) == result
 
 
 # -- the page ------------------------------------------------------------------------------------------

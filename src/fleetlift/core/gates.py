@@ -20,6 +20,7 @@ from types import MappingProxyType
 from typing import Final
 
 import msgspec
+from msgspec.structs import replace
 
 from fleetlift.core.errors import BadInput
 from fleetlift.core.migration import GateResult, Sample, Verdict
@@ -265,12 +266,14 @@ def judge(gate: Gate, sample: Sample | None) -> GateResult:
     Missing data never advances: no sample, no value, a value that is not a number, an n below the gate's
     minimum, no figure of the old side where the limit needs one. Such a result has `missing` set. A count
     of harm with no tolerance reverts as soon as it is above nought, however small n is.
+
+    The result carries the sample it was computed from, in a form that JSON keeps: judging that again, also
+    after it was stored, gives the same result.
     """
-    if sample is None or sample.value is None:
+    sample = _storable(sample)
+    if sample.value is None:
         return _missing(gate, sample, "no data")
     value = sample.value
-    if not math.isfinite(value):
-        return _missing(gate, sample, "the measurement is not a number")
     if gate.zero_tolerance and value > 0:
         return _result(gate, sample, Verdict.REVERT, 0.0)
     if sample.n < gate.at_least:
@@ -278,17 +281,26 @@ def judge(gate: Gate, sample: Sample | None) -> GateResult:
     limit = gate.limit
     if gate.ratio is not None:
         old = sample.old
-        if (
-            old is not None
-            and math.isfinite(gate.ratio * old)  # a limit without end would let everything pass
-            and sample.old_n >= max(gate.at_least, 1)
-        ):
+        if old is not None and math.isfinite(gate.ratio * old) and sample.old_n >= max(gate.at_least, 1):
             limit = _laxer(gate.op, gate.ratio * old, gate.limit)
         elif limit is None or not _holds(gate.op, value, limit):
             return _missing(gate, sample, f"the old side has too little to compare with (n = {sample.old_n})")
     assert limit is not None
     verdict = Verdict.ADVANCE if _holds(gate.op, value, limit) else Verdict.REVERT
     return _result(gate, sample, verdict, limit)
+
+
+def _storable(sample: Sample | None) -> Sample:
+    """`sample` without figures that are no numbers: JSON has none, and none may count as a measurement."""
+    if sample is None:
+        return Sample(value=None)
+    if sample.old is not None and not math.isfinite(sample.old):
+        sample = replace(sample, old=None)  # a limit without end would let everything pass
+    if sample.value is not None and not math.isfinite(sample.value):
+        summary = str(sample.evidence.get("summary", ""))
+        why = "the measurement is not a number" + (f"; {summary}" if summary else "")
+        sample = replace(sample, value=None, evidence={**sample.evidence, "summary": why})
+    return sample
 
 
 def _too_few(gate: Gate, n: int) -> str:
@@ -342,6 +354,7 @@ def _result(gate: Gate, sample: Sample, verdict: Verdict, limit: float) -> GateR
         n=sample.n,
         old=sample.old,
         evidence=dict(sample.evidence),
+        sample=sample,
     )
 
 
@@ -353,19 +366,18 @@ def _exact(value: float, limit: float, unit: str) -> str:
     return text
 
 
-def _missing(gate: Gate, sample: Sample | None, what: str) -> GateResult:
-    sample = sample or Sample(value=None)
-    finite = sample.value is not None and math.isfinite(sample.value)
+def _missing(gate: Gate, sample: Sample, what: str) -> GateResult:
     summary = str(sample.evidence.get("summary", ""))
     return GateResult(
         gate=gate.text,
         verdict=Verdict.HOLD,
         why=f"{gate.metric or gate.text}: {what}" + (f" ({summary})" if summary else ""),
-        value=sample.value if finite else None,
+        value=sample.value,
         limit=gate.limit,
         unit=gate.unit,
         n=sample.n,
-        old=sample.old if sample.old is not None and math.isfinite(sample.old) else None,
+        old=sample.old,
         evidence=dict(sample.evidence),
         missing=True,
+        sample=sample,
     )

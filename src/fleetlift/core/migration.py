@@ -191,3 +191,4 @@ class GateResult(msgspec.Struct, frozen=True, kw_only=True):
     old: float | None = None
     evidence: dict[str, Any] = {}
     missing: bool = False  # held for want of data; for longer than `no_data_after` that is a breach
+    sample: Sample | None = None  # what the verdict was computed from: `judge(gate, sample)` says the same
