@@ -10,11 +10,12 @@ from typing import Any
 import msgspec
 import pytest
 
-from fleetlift.backend import commands, telemetry
+from fleetlift.backend import commands, registry, telemetry
 from fleetlift.backend.context import Context
+from fleetlift.backend.registry import NewDevice
 from fleetlift.core import legacy as wire
 from fleetlift.core.command import Status
-from fleetlift.core.errors import Unavailable
+from fleetlift.core.errors import Conflict, Unavailable
 from fleetlift.core.migration import FleetDevice
 from fleetlift.core.orders import DevicePhase, DeviceReport, Flags
 from fleetlift.migrate.bridge import Bridge
@@ -22,6 +23,7 @@ from fleetlift.sides.fleetlift import FleetliftSide
 from fleetlift.sides.legacy.server import DeviceSeed, LegacyServer
 from fleetlift.sides.legacy.side import LegacySide
 from fleetlift.store import ledger
+from fleetlift.store import telemetry as telemetry_store
 
 KEY = "not-a-real-key-of-a-device"
 
@@ -89,7 +91,7 @@ def bridge_to(server: LegacyServer, ctx: Context) -> Bridge:
     bridge = Bridge(
         LegacySide(server.url, server.owner_key), key="legacy test", pool=ctx.pool, publisher=ctx.publisher
     )
-    bridge.migrations.add("move")
+    bridge.migrations["move"] = "carshare"
     return bridge
 
 
@@ -284,3 +286,61 @@ async def test_a_hundred_messages_of_a_side_gone_wrong_do_not_stop_the_feed(
                 return bool(await distinct(ctx) + letters == 6 and letters == 3)
 
         await until(all_there)
+
+
+async def test_what_a_side_says_of_another_tenants_device_is_not_stored_as_that_tenants(
+    ctx: Context, legacy: LegacyServer
+) -> None:
+    """An old side that names a device of another tenant adds nothing to what that tenant reads.
+
+    The letter that keeps it is for tokens of every tenant: it names no device. So it is with a deleted
+    device, and with one that the old side's own inventory gives to somebody else.
+    """
+    await legacy.register([DeviceSeed("car-9", KEY, {"tenant": "meters"})])
+    async with ctx.pool.acquire() as conn:
+        await registry.put_devices(
+            conn,
+            [
+                NewDevice(id="car-0", tenant="carshare"),
+                *(NewDevice(id=f"car-{n}", tenant="meters") for n in (1, 2)),
+            ],
+            make_tenants=True,
+        )
+        await registry.delete_device(conn, "car-2")
+    bridge = bridge_to(legacy, ctx)
+    await bridge.refresh()
+    async with service(telemetry.run, ctx), running(bridge):
+        for name in ("car-1", "car-2", "car-9", "car-0"):
+            async with car(legacy, name) as one:
+                one.telemetry(0, 2)
+                one.telemetry(2, 3, channel="a channel with spaces")
+                await asyncio.sleep(0)
+
+        async def all_there() -> bool:
+            async with ctx.pool.acquire() as conn:
+                letters = await conn.fetchval("SELECT count(*) FROM dead_letter")
+                return bool(await distinct(ctx) == 2 and letters == 10)
+
+        await until(all_there)
+    async with ctx.pool.acquire() as conn:
+        assert {r["device"] for r in await conn.fetch("SELECT device FROM telemetry")} == {"car-0"}
+        assert (await telemetry_store.dead_letters(conn, tenant="meters")).items == []
+        kept = (await telemetry_store.dead_letters(conn)).items
+        assert sum("belongs to a tenant" in letter.reason for letter in kept) == 9
+
+
+async def test_nobody_takes_an_id_under_which_messages_wait(ctx: Context, legacy: LegacyServer) -> None:
+    """A tenant cannot read a stranger's messages by registering the id that the old side knows them by."""
+    async with car(legacy) as one, service(telemetry.run, ctx), running(bridge_to(legacy, ctx)):
+        one.telemetry(0, 2)
+
+        async def there() -> bool:
+            return await distinct(ctx) == 2
+
+        await until(there)
+    async with ctx.pool.acquire() as conn:
+        with pytest.raises(Conflict, match="and no owner"):
+            await registry.check_unclaimed(conn, "car-0")
+        await registry.check_unclaimed(conn, "car-7")
+        await registry.put_devices(conn, [NewDevice(id="car-0", tenant="carshare")], make_tenants=True)
+        await registry.check_unclaimed(conn, "car-0")

@@ -107,6 +107,8 @@ async def put_device(request: Call, device: FromPath[str], data: JSONBody[Device
             f"This token is of tenant {request.user.tenant!r} and cannot give devices to {tenant!r}."
         )
     async with services(request).pool.acquire() as conn:
+        if request.user.tenant is not None:
+            await registry.check_unclaimed(conn, device)
         existed = await conn.fetchval("SELECT true FROM device WHERE id = $1", device)
         put = await registry.put_device(
             conn,

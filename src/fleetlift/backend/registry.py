@@ -107,6 +107,18 @@ async def put_devices(
         await store.tell_revoked(conn, sorted(revoked))
 
 
+async def check_unclaimed(conn: Conn, device: str) -> None:
+    """Conflict when messages are stored under an id that nobody has had: they are not for whoever takes it.
+
+    So it is with what an old side's feed names before anybody has registered it.
+    """
+    if not await store.known_owners(conn, [device]) and await store.has_messages(conn, device):
+        raise Conflict(
+            f"device {device!r} has messages already and no owner: it takes a token of every tenant "
+            "to say whose it is"
+        )
+
+
 async def get_device(conn: Conn, device: str, *, tenant: str | None = None) -> Device:
     """Raises NotFound, also for a device of another tenant."""
     found = await store.get(conn, device, tenant=tenant)

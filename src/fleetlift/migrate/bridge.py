@@ -39,6 +39,7 @@ from fleetlift.sides.base import (
     TelemetryReceived,
 )
 from fleetlift.store import commands as command_store
+from fleetlift.store import devices as device_store
 from fleetlift.store import telemetry as telemetry_store
 from fleetlift.store.pool import Pool
 
@@ -91,7 +92,7 @@ class Bridge:
         self.side = old
         self.key = key
         self.counts = FeedCounts()
-        self.migrations: set[str] = set()  # those that this side is the old one of
+        self.migrations: dict[str, str] = {}  # those that this side is the old one of, with their tenants
         self.snapshots = 0  # grows whenever the inventory was read anew
         self.why_down = "not connected yet"
         self._pool = pool
@@ -249,15 +250,45 @@ class Bridge:
                 self._note_report(item)
 
     async def _store(self, messages: Sequence[TelemetryReceived]) -> list[DeadLetter]:
-        """Put messages into the log; returns when all are durable. What can never enter is a dead letter."""
-        results = await asyncio.gather(*(self._to_log(m) for m in messages), return_exceptions=True)
-        letters: list[DeadLetter] = []
-        for message, result in zip(messages, results, strict=True):
+        """Put messages into the log; returns when all are durable. What can never enter is a dead letter.
+
+        So is what names a device of a tenant that this side moves nothing for: stored under the device's id,
+        that tenant would read it as its own. Such a letter names no device: who owns one sees its letters.
+        """
+        if not self.migrations:
+            raise Unavailable("no migration from this side is left")
+        async with self._pool.acquire() as conn:
+            owners = await device_store.known_owners(conn, list({m.device for m in messages}))
+        claimed = {  # by the old side's own inventory, as far as it says so
+            m.device: known.attributes.get("tenant")
+            for m in messages
+            if (known := (self._fleet or {}).get(m.device)) is not None
+        }
+        foreign = {device for device, tenant in (claimed | owners).items() if not self._serves(tenant)}
+        ours = [m for m in messages if m.device not in foreign]
+        results = await asyncio.gather(*(self._to_log(m) for m in ours), return_exceptions=True)
+        letters = [
+            dead_letter(
+                self._topic(m),
+                "",
+                self.side.name,
+                "device: belongs to a tenant that no migration from this side is for",
+                m.body,
+                m.received_at,
+            )
+            for m in messages
+            if m.device in foreign
+        ]
+        for message, result in zip(ours, results, strict=True):
             if isinstance(result, BadInput):
-                topic = f"feed/{self.side.name}/{message.device}/{message.channel}"
                 letters.append(
                     dead_letter(
-                        topic, message.device, self.side.name, str(result), message.body, message.received_at
+                        self._topic(message),
+                        message.device if message.device in owners else "",
+                        self.side.name,
+                        str(result),
+                        message.body,
+                        message.received_at,
                     )
                 )
             elif isinstance(result, BaseException):
@@ -266,12 +297,18 @@ class Bridge:
         self.counts.refused += len(letters)
         return letters
 
+    def _serves(self, tenant: object) -> bool:
+        """Whether devices of `tenant` are moved from this side; None is nobody's."""
+        return tenant is None or tenant in self.migrations.values()
+
+    def _topic(self, message: TelemetryReceived) -> str:
+        return f"feed/{self.side.name}/{message.device}/{message.channel}"
+
     async def _to_log(self, message: TelemetryReceived) -> int:
         headers = {HEADER_TS: repr(message.ts), HEADER_RECEIVED: repr(message.received_at)}
         if message.seq is not None:
             headers[HEADER_SEQ] = str(message.seq)
-        topic = f"feed/{self.side.name}/{message.device}/{message.channel}"
-        return await self._publisher.to_log(topic, message.body, headers)
+        return await self._publisher.to_log(self._topic(message), message.body, headers)
 
     async def _settle(
         self,

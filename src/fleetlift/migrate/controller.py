@@ -292,7 +292,7 @@ class Controller:
             task = asyncio.create_task(bridge.run(), name=f"bridge {key}")
             self._bridges[key] = (bridge, task)
         bridge = self._bridges[key][0]
-        bridge.migrations.add(name)
+        bridge.migrations[name] = plan.fleet.tenant
         wake = self._wake.setdefault(name, asyncio.Event())
         runner = Runner(
             self._ctx.settings,
@@ -338,7 +338,7 @@ class Controller:
         self._wake.pop(name, None)
         task.cancel()
         await asyncio.gather(task, return_exceptions=True)
-        runner.bridge.migrations.discard(name)
+        runner.bridge.migrations.pop(name, None)
 
     async def _prune_bridges(self) -> None:
         for key, (bridge, task) in list(self._bridges.items()):

@@ -212,6 +212,28 @@ async def former_owners(conn: Conn, devices: Sequence[str]) -> dict[str, str]:
     return {r["id"]: r["tenant"] for r in found}
 
 
+async def known_owners(conn: Conn, devices: Sequence[str]) -> dict[str, str]:
+    """The tenant of each of these devices that exists, or did until it was deleted."""
+    found = await conn.fetch(
+        """SELECT id, tenant FROM device WHERE id = ANY($1::text[])
+           UNION ALL
+           SELECT id, tenant FROM former_device f WHERE id = ANY($1::text[])
+               AND NOT EXISTS (SELECT FROM device d WHERE d.id = f.id)""",
+        devices,
+    )
+    return {r["id"]: r["tenant"] for r in found}
+
+
+async def has_messages(conn: Conn, device: str) -> bool:
+    """Whether telemetry is stored under this id."""
+    found: bool = await conn.fetchval(
+        """SELECT EXISTS (SELECT FROM telemetry WHERE device = $1)
+                  OR EXISTS (SELECT FROM ledger WHERE device = $1)""",
+        device,
+    )
+    return found
+
+
 async def put(conn: Conn, rows: Sequence[DeviceRow]) -> set[str]:
     """Create devices, or replace what is written of them; returns them without those of another tenant."""
     written = await conn.fetch(
