@@ -41,9 +41,9 @@ def free_port() -> int:
 
 
 @contextlib.contextmanager
-def scratch_directory(prefix: str = "fleetlift-test-") -> Iterator[Path]:
+def scratch_directory(prefix: str = "fleetlift-test-", parent: Path | None = None) -> Iterator[Path]:
     """A directory that the engines' users may pass through (pytest's own are closed to them)."""
-    path = Path(tempfile.mkdtemp(prefix=prefix))
+    path = Path(tempfile.mkdtemp(prefix=prefix, dir=parent))
     path.chmod(0o711)
     try:
         yield path
