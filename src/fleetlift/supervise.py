@@ -35,6 +35,7 @@ LOG_BYTES_MAX = 64 * 1024**2
 BACKOFF_FIRST_S = 0.2
 BACKOFF_MAX_S = 15.0
 HEALTHY_AFTER_S = 30.0  # having run this long, the next death is a first one again
+ASK_EVERY_S = 4.0  # whether a child that has `hung_after_s` still answers
 
 
 class RunAs(msgspec.Struct, frozen=True, kw_only=True):
@@ -63,6 +64,7 @@ class ChildSpec(msgspec.Struct, frozen=True, kw_only=True):
     cwd: str | None = None
     pass_fds: Sequence[int] = ()
     wait_for_go: bool = False  # standard input is a pipe; a line is written by `go()`
+    hung_after_s: float | None = None  # not ready for so long, it is killed and started again; None: never
 
 
 class ChildState(enum.StrEnum):
@@ -150,8 +152,7 @@ class Supervised:
                 if not problem:
                     self.state = ChildState.READY
                     self._resolve(None)
-                    code = await _exit_status(self._process)
-                    problem = _how_it_ended(code)
+                    problem = await self._end(self._process)
             except OSError as error:
                 problem = f"cannot be started: {error}"
             self._close_stdin()
@@ -189,6 +190,46 @@ class Supervised:
             await asyncio.sleep(pause_s)
             pause_s = min(0.1, pause_s * 1.3)
         return _how_it_ended(process.returncode)
+
+    async def _end(self, process: subprocess.Popen[bytes]) -> str:
+        """How it ended. One that lives and does not answer any more is killed first."""
+        if self.spec.hung_after_s is None or self._check is None:
+            return _how_it_ended(await _exit_status(process))
+        watch = asyncio.create_task(self._silence(self.spec.hung_after_s), name=f"watch {self.spec.name}")
+        gone = asyncio.create_task(_exit_status(process))
+        try:
+            await asyncio.wait({watch, gone}, return_when=asyncio.FIRST_COMPLETED)
+            if gone.done():
+                return _how_it_ended(gone.result())
+            problem = watch.result()
+            self._signal(process, signal.SIGKILL)
+            await gone
+            return problem
+        finally:
+            watch.cancel()
+            gone.cancel()
+
+    async def _silence(self, hung_after_s: float) -> str:
+        """Return, with the reason, once the child was asked and gave no answer for so long.
+
+        Where nobody could be asked, since what leads to the child is away, its silence does not count.
+        """
+        assert self._check is not None
+        every_s = min(ASK_EVERY_S, hung_after_s / 4)
+        silent_s = 0.0
+        while silent_s < hung_after_s:
+            asked_at = time.monotonic()
+            await asyncio.sleep(every_s)
+            try:
+                async with asyncio.timeout(10.0):
+                    answers = await self._check()
+            except TimeoutError:
+                answers = False
+            except (OSError, FleetError):
+                answers = True
+            # A machine that was suspended, and we with it, is no silence of the child's.
+            silent_s = 0.0 if answers else silent_s + min(time.monotonic() - asked_at, 2 * every_s)
+        return f"gave no answer for {silent_s:.0f} s, and was killed"
 
     def _spawn(self) -> subprocess.Popen[bytes]:
         spec = self.spec

@@ -95,6 +95,34 @@ async def test_a_child_that_ignores_the_signal_is_killed_after_its_limit(directo
     assert not process.is_running()
 
 
+async def test_a_child_that_hangs_is_started_again_but_not_while_nobody_can_ask_it(directory: Path) -> None:
+    """A child that lives and answers nothing is killed; that the way to it is down is not held against it."""
+    says: list[Callable[[], bool]] = [lambda: True]
+
+    async def answers() -> bool:
+        return says[0]()
+
+    def nobody_can_ask() -> bool:
+        asked.append(True)
+        raise Unavailable("the bus is away")
+
+    asked: list[bool] = []
+    spec = python_child(directory, "import time; time.sleep(99)", hung_after_s=0.4)
+    child = Supervised(spec, ready=answers)
+    problems: list[str] = []
+    child.on_death = lambda problem, pause_s: problems.append(problem)
+    await child.start()
+    first = child.pid
+    says[0] = nobody_can_ask
+    await until(lambda: _true(len(asked) > 8), "twice the limit")
+    assert child.pid == first
+    says[0] = lambda: child.pid != first
+    await until(lambda: _true(child.pid not in (None, first) and child.state == "ready"), "another process")
+    assert len(problems) == 1
+    assert "gave no answer" in problems[0]
+    await child.stop()
+
+
 def test_a_log_stays_bounded(directory: Path) -> None:
     """What is too long moves to a second file, by halves; a writer that appends goes on."""
     path = directory / "x.log"

@@ -56,6 +56,7 @@ ROLES: dict[str, tuple[str, ...]] = {
 }
 STOP_SERVICES_S = 10.0
 READY_WITHIN_S = 60.0
+HUNG_AFTER_S = 20.0  # a worker that answers no ping for so long is killed and started again
 
 Say = Callable[[str], None]
 
@@ -179,6 +180,7 @@ async def _running(options: Options, say: Say, stop: asyncio.Event) -> AsyncIter
                     ready_within_s=READY_WITHIN_S,
                     pass_fds=(lock.fd,),
                     wait_for_go=True,
+                    hung_after_s=HUNG_AFTER_S,
                 ),
                 ready=_worker_ready(settings, role),
             )
