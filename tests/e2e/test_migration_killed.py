@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from small_world import small_world
 
-from fleetlift.migrate.controller import STEPS
+from fleetlift.migrate.runner import STEPS
 from fleetlift.testing import scratch_directory
 
 

@@ -1,6 +1,6 @@
 """How often a migration is looked after."""
 
-from fleetlift.migrate.controller import PAUSE_MOST_S, ROUND_EVERY_S, ROUND_SHARE, pause_after
+from fleetlift.migrate.runner import PAUSE_MOST_S, ROUND_EVERY_S, ROUND_SHARE, pause_after
 
 
 def test_rounds_keep_their_pace_and_leave_room_for_other_work() -> None:

@@ -101,10 +101,17 @@ def story(path: Path) -> Story:
     """Read a whole journal. BadInput when the file is missing or holds no opening record."""
     if not path.is_file():
         raise BadInput(f"{path}: no such journal; they are kept in DIR/journal/NAME.jsonl")
+    if (told := fold(read(path))) is None:
+        raise BadInput(f"{path}: no record says which migration this is; is it a journal of Fleetlift?")
+    return told
+
+
+def fold(records: Iterable[Record | None]) -> Story | None:
+    """What records come to; None when none of them says which migration this is."""
     migration, old, epoch, torn = "", None, 0, 0
     orders: dict[str, Order] = {}
     emergencies: list[Emergency] = []
-    for record in read(path):
+    for record in records:
         match record:
             case None:
                 torn += 1
@@ -122,7 +129,7 @@ def story(path: Path) -> Story:
             case Decided():
                 pass
     if old is None:
-        raise BadInput(f"{path}: no record says which migration this is; is it a journal of Fleetlift?")
+        return None
     return Story(
         migration=migration,
         old=old,
@@ -161,6 +168,10 @@ class Journal:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+
+    def size(self) -> int:
+        """In bytes; 0 when there is none yet."""
+        return self.path.stat().st_size if self.path.is_file() else 0
 
     async def add(self, *records: Record) -> None:
         """On disk when this returns."""
