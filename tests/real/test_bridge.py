@@ -19,6 +19,7 @@ from fleetlift.core.errors import Conflict, Unavailable
 from fleetlift.core.migration import FleetDevice
 from fleetlift.core.orders import DevicePhase, DeviceReport, Flags
 from fleetlift.migrate.bridge import Bridge
+from fleetlift.migrate.feed_store import PostgresFeedStore
 from fleetlift.sides.fleetlift import FleetliftSide
 from fleetlift.sides.legacy.server import DeviceSeed, LegacyServer
 from fleetlift.sides.legacy.side import LegacySide
@@ -89,7 +90,10 @@ async def car(server: LegacyServer, device: str = "car-0") -> AsyncIterator[Car]
 
 def bridge_to(server: LegacyServer, ctx: Context) -> Bridge:
     bridge = Bridge(
-        LegacySide(server.url, server.owner_key), key="legacy test", pool=ctx.pool, publisher=ctx.publisher
+        LegacySide(server.url, server.owner_key),
+        key="legacy test",
+        store=PostgresFeedStore(ctx.pool),
+        to_log=lambda topic, payload, headers: ctx.publisher.to_log(topic, payload, headers),
     )
     bridge.migrations["move"] = "carshare"
     return bridge

@@ -9,13 +9,11 @@ telemetry reader recognises, and loses nothing.
 import asyncio
 import contextlib
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any
 
-import asyncpg
 import msgspec
 
-from fleetlift.bus.publish import Publisher
 from fleetlift.core.command import Path, PathStatus, Reported, storable
 from fleetlift.core.errors import BadInput, FleetError, Unavailable
 from fleetlift.core.migration import FleetDevice
@@ -29,6 +27,7 @@ from fleetlift.core.telemetry import (
 )
 from fleetlift.levers.flag import newest
 from fleetlift.log import get_logger
+from fleetlift.migrate.ports import GONE, FeedStore
 from fleetlift.sides.base import (
     CommandAnswered,
     FeedItem,
@@ -38,10 +37,7 @@ from fleetlift.sides.base import (
     SideCommand,
     TelemetryReceived,
 )
-from fleetlift.store import commands as command_store
-from fleetlift.store import devices as device_store
-from fleetlift.store import telemetry as telemetry_store
-from fleetlift.store.pool import Pool
+from fleetlift.store.commands import Answer
 
 log = get_logger(__name__)
 
@@ -55,8 +51,10 @@ COURIER_BATCH = 500
 COURIER_PARALLEL = 50
 SEND_WITHIN_S = 10.0
 UUID_ZERO = "00000000-0000-0000-0000-000000000000"
-DOWN_ERRORS = (FleetError, OSError, TimeoutError, asyncpg.PostgresError, asyncpg.InterfaceError)
+DOWN_ERRORS = (FleetError, *GONE)
 
+
+ToLog = Callable[[str, bytes, Mapping[str, str]], Awaitable[int]]
 
 # Position, messages on their way into the log, answers, and when the old side got the last message.
 _Batch = tuple[str, asyncio.Future[list[DeadLetter]] | None, list[CommandAnswered], float | None]
@@ -77,6 +75,7 @@ class Bridge:
     """Keeps one old side and the new backend in step.
 
     `key` names the feed's position (side and address); `begin_at` is where a feed never read before begins.
+    `to_log(topic, payload, headers)` returns once the message is durable.
     `up`, `fleet` and `reports` are what the old side is known to hold now; `fleet` is None until it was read.
     """
 
@@ -85,9 +84,11 @@ class Bridge:
         old: Side,
         *,
         key: str,
-        pool: Pool,
-        publisher: Publisher,
+        store: FeedStore,
+        to_log: ToLog,
         begin_at: str = "",
+        now: Callable[[], float] = time.time,
+        monotonic: Callable[[], float] = time.monotonic,
     ) -> None:
         self.side = old
         self.key = key
@@ -95,8 +96,10 @@ class Bridge:
         self.migrations: dict[str, str] = {}  # those that this side is the old one of, with their tenants
         self.snapshots = 0  # grows whenever the inventory was read anew
         self.why_down = "not connected yet"
-        self._pool = pool
-        self._publisher = publisher
+        self._store = store
+        self._to_log = to_log
+        self._now = now
+        self._monotonic = monotonic
         self._begin_at = begin_at
         self._up = False
         self._fleet: dict[str, FleetDevice] | None = None
@@ -120,7 +123,7 @@ class Bridge:
     def feed_behind(self, within_s: float) -> str:
         """Why what the old side got until `within_s` ago may not be in the log yet; "" when it is."""
         if self._feed_since is None or (
-            self._feed_lag_s is None and time.monotonic() - self._feed_since < FEED_SETTLES_S
+            self._feed_lag_s is None and self._monotonic() - self._feed_since < FEED_SETTLES_S
         ):
             return "the old side's feed is not being followed"
         if self._feed_lag_s is not None and self._feed_lag_s > within_s:
@@ -137,7 +140,7 @@ class Bridge:
     async def _again(self, part: Any, what: str) -> None:
         failures = 0
         while True:
-            started = time.monotonic()
+            started = self._monotonic()
             try:
                 await part()
                 reason = "the side closed the connection"
@@ -151,7 +154,7 @@ class Bridge:
                 self._up, self.why_down = False, reason
             elif what == "feed":
                 self._feed_since = None
-            if time.monotonic() - started > 10:
+            if self._monotonic() - started > 10:
                 failures = 0
             if failures == 0:
                 log.warning("bridge_part_lost", side=self.key, part=what, reason=reason)
@@ -162,9 +165,9 @@ class Bridge:
 
     async def _snapshots(self) -> None:
         while True:
-            started = time.monotonic()
+            started = self._monotonic()
             await self.refresh()
-            took = time.monotonic() - started
+            took = self._monotonic() - started
             await asyncio.sleep(max(SNAPSHOT_EVERY_S, took / SNAPSHOT_SHARE))
 
     async def refresh(self) -> None:
@@ -210,11 +213,7 @@ class Bridge:
 
     async def position(self) -> str:
         """Up to where the feed is durably in the log; where it is to begin when none of it is."""
-        async with self._pool.acquire() as conn:
-            found: str | None = await conn.fetchval(
-                "SELECT position FROM feed_position WHERE side = $1", self.key
-            )
-        return found or self._begin_at
+        return await self._store.position(self.key) or self._begin_at
 
     async def _feed_once(self) -> None:
         """Follow the feed until it ends or something fails."""
@@ -222,7 +221,7 @@ class Bridge:
         async with asyncio.TaskGroup() as group:
             settling = group.create_task(self._settle(pending))
             after = await self.position()
-            self._feed_since, self._feed_lag_s = time.monotonic(), None
+            self._feed_since, self._feed_lag_s = self._monotonic(), None
             async for position, items in self.side.feed(after):
                 stored: asyncio.Future[list[DeadLetter]] | None = None
                 answers: list[CommandAnswered] = []
@@ -231,7 +230,7 @@ class Bridge:
                     self._take(item, messages, answers)
                 if messages:
                     # Tasks of the group: whatever fails ends this round before a position is stored.
-                    stored = group.create_task(self._store(messages))
+                    stored = group.create_task(self._enter(messages))
                 await pending.put((position, stored, answers, messages[-1].received_at if messages else None))
             await pending.join()
             settling.cancel()
@@ -249,7 +248,7 @@ class Bridge:
             case ReportReceived():
                 self._note_report(item)
 
-    async def _store(self, messages: Sequence[TelemetryReceived]) -> list[DeadLetter]:
+    async def _enter(self, messages: Sequence[TelemetryReceived]) -> list[DeadLetter]:
         """Put messages into the log; returns when all are durable. What can never enter is a dead letter.
 
         So is what names a device of a tenant that this side moves nothing for: stored under the device's id,
@@ -257,8 +256,7 @@ class Bridge:
         """
         if not self.migrations:
             raise Unavailable("no migration from this side is left")
-        async with self._pool.acquire() as conn:
-            owners = await device_store.known_owners(conn, list({m.device for m in messages}))
+        owners = await self._store.owners(list({m.device for m in messages}))
         claimed = {  # by the old side's own inventory, as far as it says so
             m.device: known.attributes.get("tenant")
             for m in messages
@@ -266,7 +264,7 @@ class Bridge:
         }
         foreign = {device for device, tenant in (claimed | owners).items() if not self._serves(tenant)}
         ours = [m for m in messages if m.device not in foreign]
-        results = await asyncio.gather(*(self._to_log(m) for m in ours), return_exceptions=True)
+        results = await asyncio.gather(*(self._enter_one(m) for m in ours), return_exceptions=True)
         letters = [
             dead_letter(
                 self._topic(m),
@@ -304,11 +302,11 @@ class Bridge:
     def _topic(self, message: TelemetryReceived) -> str:
         return f"feed/{self.side.name}/{message.device}/{message.channel}"
 
-    async def _to_log(self, message: TelemetryReceived) -> int:
+    async def _enter_one(self, message: TelemetryReceived) -> int:
         headers = {HEADER_TS: repr(message.ts), HEADER_RECEIVED: repr(message.received_at)}
         if message.seq is not None:
             headers[HEADER_SEQ] = str(message.seq)
-        return await self._publisher.to_log(self._topic(message), message.body, headers)
+        return await self._to_log(self._topic(message), message.body, headers)
 
     async def _settle(
         self,
@@ -327,45 +325,26 @@ class Bridge:
                 if stored is not None:
                     letters.extend(await stored)
                 answers.extend(some)
-            async with self._pool.acquire() as conn, conn.transaction():
-                if answers:
-                    await self._record(conn, answers)
-                if letters:
-                    await telemetry_store.insert_dead_letters(conn, letters)
-                await conn.execute(
-                    "INSERT INTO feed_position (side, position) VALUES ($1, $2) ON CONFLICT (side) "
-                    "DO UPDATE SET position = excluded.position, updated_at = now()",
-                    self.key,
-                    batch[-1][0],
-                )
+            known = [answer for one in answers if (answer := self._understood(one)) is not None]
+            self.counts.answers += await self._store.settle(self.key, batch[-1][0], known, letters)
             if newest is not None:
-                self._feed_lag_s = time.time() - newest
+                self._feed_lag_s = self._now() - newest
             for _ in batch:
                 pending.task_done()
 
-    async def _record(self, conn: Any, answers: Sequence[CommandAnswered]) -> None:
-        """Commands that are not ours, of the old side's own callers, are left out by the store."""
-        known: list[command_store.Answer] = []
-        for answer in answers:
-            try:
-                status = PathStatus(answer.status)
-            except ValueError:
-                log.warning(
-                    "feed_answer_refused", side=self.key, command=answer.command, status=answer.status
-                )
-                continue
-            reported = Reported(status, storable(answer.detail))
-            known.append(
-                command_store.Answer(
-                    command=answer.command,
-                    path=Path.OLD,
-                    reported=reported,
-                    at=answer.at,
-                    device=answer.device,
-                )
-            )
-        results = await command_store.record_answers(conn, known)
-        self.counts.answers += sum(result.changed for result in results)
+    def _understood(self, answer: CommandAnswered) -> Answer | None:
+        try:
+            status = PathStatus(answer.status)
+        except ValueError:
+            log.warning("feed_answer_refused", side=self.key, command=answer.command, status=answer.status)
+            return None
+        return Answer(
+            command=answer.command,
+            path=Path.OLD,
+            reported=Reported(status, storable(answer.detail)),
+            at=answer.at,
+            device=answer.device,
+        )
 
     # -- commands to its devices -------------------------------------------------------------------------
 
@@ -388,38 +367,19 @@ class Bridge:
         done = 0
         after = UUID_ZERO
         while True:
-            async with self._pool.acquire() as conn:
-                rows = await conn.fetch(
-                    _OUTGOING_SQL,
-                    ["queued", "sent"] if again else ["queued"],
-                    list(self.migrations),
-                    COURIER_BATCH,
-                    after,
-                )
-                if not rows:
-                    return done
-                # Marked before they are sent, so that no answer can come first and latency counts from here.
-                async with conn.transaction():
-                    worth = await command_store.mark_sent(
-                        conn, Path.OLD, [row["id"] for row in rows], time.time()
-                    )
-            await self._send([row for row in rows if row["id"] in worth])
-            done += len(worth)
-            after = rows[-1]["id"]
+            after, commands = await self._store.take_outgoing(
+                list(self.migrations), again=again, after=after, limit=COURIER_BATCH, now=self._now()
+            )
+            if not after:
+                return done
+            await self._send(commands)
+            done += len(commands)
 
-    async def _send(self, rows: Sequence[asyncpg.Record]) -> None:
+    async def _send(self, commands: Sequence[SideCommand]) -> None:
         room = asyncio.Semaphore(COURIER_PARALLEL)
         refused: dict[str, str] = {}
 
-        async def send(row: asyncpg.Record) -> None:
-            command = SideCommand(
-                id=row["id"],
-                device=row["device"],
-                name=row["name"],
-                params=msgspec.json.decode(row["params"]),
-                mode=row["mode"],
-                expires_at=row["expires_at"],
-            )
+        async def send(command: SideCommand) -> None:
             async with room:
                 try:
                     async with asyncio.timeout(SEND_WITHIN_S):
@@ -430,14 +390,11 @@ class Bridge:
                     refused[command.id] = str(error)
 
         async with asyncio.TaskGroup() as group:
-            for row in rows:
-                group.create_task(send(row))
-        self.counts.commands += len(rows) - len(refused)
-        for command, reason in refused.items():
-            async with self._pool.acquire() as conn, conn.transaction():
-                await command_store.record_answer(
-                    conn, command, Path.OLD, PathStatus.UNREACHABLE, {"reason": reason}, time.time()
-                )
+            for command in commands:
+                group.create_task(send(command))
+        self.counts.commands += len(commands) - len(refused)
+        for id_, reason in refused.items():
+            await self._store.unreachable(id_, reason, self._now())
 
     async def close(self) -> None:
         with contextlib.suppress(Exception):
@@ -450,13 +407,3 @@ def _first(errors: BaseExceptionGroup[BaseException]) -> str:
     while isinstance(error, BaseExceptionGroup):
         error = error.exceptions[0]
     return str(error) or type(error).__name__
-
-
-_OUTGOING_SQL = """
-SELECT c.id::text AS id, c.device, c.name, c.params::text AS params, p.mode,
-    extract(epoch FROM c.expires_at)::float8 AS expires_at
-FROM command_path p JOIN command c ON c.id = p.command JOIN device_route r ON r.device = p.device
-WHERE p.path = 'old' AND p.ended_at IS NULL AND p.status = ANY($1::text[]) AND c.expires_at > now()
-    AND r.migration = ANY($2::text[]) AND c.id > $4::uuid
-ORDER BY c.id LIMIT $3
-"""

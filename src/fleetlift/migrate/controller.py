@@ -33,6 +33,7 @@ from fleetlift.levers.flag import FlagLever
 from fleetlift.log import get_logger
 from fleetlift.migrate import journal as journals
 from fleetlift.migrate.bridge import Bridge
+from fleetlift.migrate.feed_store import PostgresFeedStore
 from fleetlift.migrate.journal import Journal
 from fleetlift.migrate.kill_switch import KillSwitch
 from fleetlift.migrate.measure import Measurer
@@ -238,8 +239,8 @@ class Controller:
             bridge = Bridge(
                 connect_side(side_entry(plan)),
                 key=key,
-                pool=self._ctx.pool,
-                publisher=self._ctx.publisher,
+                store=PostgresFeedStore(self._ctx.pool),
+                to_log=self._ctx.publisher.to_log,
                 begin_at="now" if plan.old.options.get("feed_from") == "now" else "",
             )
             task = asyncio.create_task(bridge.run(), name=f"bridge {key}")

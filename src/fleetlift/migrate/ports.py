@@ -1,4 +1,4 @@
-"""What a round of a migration needs of the world: database, sides, measurements, disk.
+"""What a round of a migration and the bridge need of the world: database, sides, measurements, disk.
 
 The service gives them PostgreSQL and sockets; the simulator gives the same code a world of its own. A call
 raises one of `GONE` when what it needs is away.
@@ -20,10 +20,13 @@ from fleetlift.core.migration import (
 )
 from fleetlift.core.orders import DeviceReport, Orders
 from fleetlift.core.plan import Rung
+from fleetlift.core.telemetry import DeadLetter
 from fleetlift.core.timeline import TimelinePoint
 from fleetlift.levers.flag import Moved, Observed, OldSide
 from fleetlift.migrate import journal
+from fleetlift.sides.base import SideCommand
 from fleetlift.store import engine
+from fleetlift.store.commands import Answer
 from fleetlift.store.engine import StoredMigration
 from fleetlift.store.pool import Pool
 
@@ -114,6 +117,32 @@ class Journal(Protocol):
     async def add(self, *records: journal.Record) -> None: ...
 
     async def story(self) -> journal.Story | None: ...
+
+
+class FeedStore(Protocol):
+    """What the bridge keeps in the backend's database; each call is one transaction."""
+
+    async def position(self, key: str) -> str | None: ...
+
+    async def owners(self, of: Sequence[str]) -> dict[str, str]:
+        """The tenants of those devices that the backend knows, or has known."""
+        ...
+
+    async def settle(
+        self, key: str, position: str, answers: Sequence[Answer], letters: Sequence[DeadLetter]
+    ) -> int:
+        """Note answers and dead letters with the position that covers them; how many answers were news."""
+        ...
+
+    async def take_outgoing(
+        self, migrations: Sequence[str], *, again: bool, after: str, limit: int, now: float
+    ) -> tuple[str, list[SideCommand]]:
+        """Commands of path `old` after the id `after`, marked as sent; the last id looked at ("": none)."""
+        ...
+
+    async def unreachable(self, command: str, reason: str, at: float) -> None:
+        """The old side could not take this command."""
+        ...
 
 
 class EngineStore:
