@@ -17,6 +17,7 @@ from typing import Any, cast
 import asyncpg
 
 from fleetlift.backend.context import Context
+from fleetlift.backend.parity import Parity
 from fleetlift.bus.log import LogBatch, LogPosition, read, stream_state
 from fleetlift.bus.subjects import to_topic
 from fleetlift.bus.wire import connect
@@ -93,6 +94,7 @@ class _Reader:
         self._pool = ctx.pool
         self._turn = asyncio.Lock()  # batches and the ticker's flushes take turns
         self._account = _Account()
+        self._parity = Parity()
         self._rows_at: tuple[datetime, int] | None = None
         self._account_at: tuple[datetime, int] | None = None
         self._taken: tuple[datetime, int] | None = None  # up to where the account in memory goes
@@ -144,6 +146,7 @@ class _Reader:
         if self._rows_at is not None and batch.position.created != self._rows_at[0]:
             self._replayed_until = 0
         rows: list[Telemetry] = []
+        again: list[Telemetry] = []
         letters: list[DeadLetter] = []
         counted = self._counted
         for message in batch:
@@ -151,20 +154,23 @@ class _Reader:
                 continue
             found = messages.parse(message.topic, message.headers, message.payload, message.at)
             replayed = message.seq <= self._replayed_until
-            if type(found) is Telemetry:
+            if type(found) is Telemetry and found.again:
+                again.append(found)
+            elif type(found) is Telemetry:
                 rows.append(found)
                 if not replayed:
                     counted["fleetlift_telemetry_received_messages_total", found.path] += 1
-            elif not replayed:
+            elif not replayed and messages.HEADER_AGAIN not in (message.headers or {}):
                 letters.append(found)  # type: ignore[arg-type]
         self._unread = batch.behind
         await self._make_days(rows)
         async with self._pool.acquire() as conn, conn.transaction():
             await self._account.load(conn, rows)
-            repeated = self._account.take(rows)
+            repeated, seconds = self._account.take(rows)
             await self._insert([row for row in rows if id(row) not in repeated], letters, conn)
             for row in repeated.values():
                 await self._insert_one(row, letters, conn)
+            await self._parity.take(conn, seconds, again)
             await store.insert_dead_letters(conn, letters)
             counted["fleetlift_telemetry_dead_letters_total", ""] += len(letters)
             await self._advance_rows(conn, batch.position)
@@ -173,7 +179,7 @@ class _Reader:
             counted.clear()
             flushed = await self._flush(conn) if self._flush_is_due() else False
         if flushed:
-            self._account.saved()
+            self._saved()
         for letter in letters[:10]:
             log.warning(
                 "telemetry_refused", device=letter.device, topic=letter.topic[:200], reason=letter.reason
@@ -219,15 +225,22 @@ class _Reader:
     # -- the account ---------------------------------------------------------------------------------------
 
     def _flush_is_due(self) -> bool:
-        return (
-            self._account.changes <= ACCOUNT_AT_ONCE or time.monotonic() - self._flushed_at >= ACCOUNT_EVERY_S
-        )
+        return self._changes <= ACCOUNT_AT_ONCE or time.monotonic() - self._flushed_at >= ACCOUNT_EVERY_S
+
+    @property
+    def _changes(self) -> int:
+        return self._account.changes + self._parity.changes
+
+    def _saved(self) -> None:
+        self._account.saved()
+        self._parity.saved()
 
     async def _flush(self, conn: Conn) -> bool:
         """Write the account as of `_taken`. The memory is marked as saved once the transaction commits."""
         if self._taken is None:
             return False
         await self._account.save(conn)
+        await self._parity.save(conn, time.time())
         if self._account_at != self._taken:
             await positions.advance(conn, ACCOUNT, before=self._account_at, after=self._taken)
             self._account_at = self._taken
@@ -243,11 +256,11 @@ class _Reader:
             if ownership.is_closed():
                 raise Unavailable("the connection that owns the telemetry reader was lost")
             async with self._turn:
-                if self._account.changes and self._flush_is_due():
+                if self._changes and self._flush_is_due():
                     async with self._pool.acquire() as conn, conn.transaction():
                         flushed = await self._flush(conn)
                     if flushed:
-                        self._account.saved()
+                        self._saved()
                 if time.monotonic() - house_kept_at >= HOUSEKEEPING_EVERY_S:
                     house_kept_at = time.monotonic()
                     await self._keep_house()
@@ -363,9 +376,11 @@ class _Account:
             for window, counts in (await store.load_windows(conn, sorted(new))).items():
                 self._windows[window] = {i: n for i, n in enumerate(counts) if n}
 
-    def take(self, rows: Sequence[Telemetry]) -> dict[int, Telemetry]:
-        """Count rows. Returns, by `id`, those that have no time of their own and a number seen before."""
+    def take(self, rows: Sequence[Telemetry]) -> tuple[dict[int, Telemetry], list[Telemetry]]:
+        """Count rows. Returns, by `id`, those that have no time of their own and a number seen before, and
+        the second copies: new to their own path, with a number that has come by the other side's."""
         doubtful: dict[int, Telemetry] = {}
+        seconds: list[Telemetry] = []
         for row in rows:
             paths = self._channels[row.device, row.channel]
             entry = paths.get(row.path)
@@ -384,13 +399,19 @@ class _Account:
                 and any(row.seq in known.ranges for known in paths.values())
             ):
                 doubtful[id(row)] = row
+            if len(paths) > 1 and row.seq is not None and row.seq not in entry.ranges:
+                device_own = row.path == messages.MQTT_PATH
+                for path, known in paths.items():
+                    if (path == messages.MQTT_PATH) != device_own and row.seq in known.ranges:
+                        seconds.append(row)
+                        break
             self._count(entry, row)
             window = _window(row)
             counts = self._windows[window]
             at = bucket(row.delay_s)
             counts[at] = counts.get(at, 0) + 1
             self._changed_windows.add(window)
-        return doubtful
+        return doubtful, seconds
 
     def _count(self, entry: LedgerRow, row: Telemetry) -> None:
         entry.received += 1

@@ -27,6 +27,7 @@ MQTT_PATH = "mqtt"  # the path of what devices publish themselves
 HEADER_TS = "Fleetlift-Ts"
 HEADER_SEQ = "Fleetlift-Seq"
 HEADER_RECEIVED = "Fleetlift-Received"
+HEADER_AGAIN = "Fleetlift-Again"  # the old side was asked for it a second time, only to compare
 
 _MILLISECONDS_FROM = 1e11  # numbers at least this large are milliseconds: as seconds, the year 5138
 _MAX_TS_MS = 253_402_300_799_999  # the end of the year 9999
@@ -35,7 +36,8 @@ _MAX_TS_MS = 253_402_300_799_999  # the end of the year 9999
 class Telemetry(msgspec.Struct, frozen=True, gc=False):
     """One accepted message. `ts_ms` is Unix milliseconds, `received_at` Unix seconds; `body` is JSON text.
 
-    `ts_given` is False when the message carried no time, and `ts_ms` is that of its receipt.
+    `ts_given` is False when the message carried no time, and `ts_ms` is that of its receipt. `again`: it is a
+    second reading of what the old side has told before, to be compared, and neither stored nor counted.
     """
 
     device: str
@@ -46,6 +48,7 @@ class Telemetry(msgspec.Struct, frozen=True, gc=False):
     path: str
     received_at: float
     ts_given: bool = True
+    again: bool = False
 
     @property
     def msg_key(self) -> int:
@@ -82,7 +85,7 @@ def parse(topic: str, headers: Mapping[str, str] | None, payload: bytes, at: flo
 
     `at` is the time in Unix seconds at which the log took the message.
     """
-    path, device = MQTT_PATH, ""
+    path, device, again = MQTT_PATH, "", False
     try:
         kind, _, rest = topic.partition("/")
         if kind == "feed":
@@ -100,6 +103,7 @@ def parse(topic: str, headers: Mapping[str, str] | None, payload: bytes, at: flo
         text, value = _json(payload)
         if kind == "feed":
             head = headers or {}
+            again = HEADER_AGAIN in head
             ts = _number(head.get(HEADER_TS), HEADER_TS)
             seq = _seq(_integer(head.get(HEADER_SEQ)), HEADER_SEQ)
             received = _number(head.get(HEADER_RECEIVED), HEADER_RECEIVED)
@@ -111,8 +115,10 @@ def parse(topic: str, headers: Mapping[str, str] | None, payload: bytes, at: flo
                 ts_ms = _ts_ms(value.get("ts"))
                 seq = _seq(value.get("seq"), "seq")
         if ts_ms is None:
-            return Telemetry(device, channel, round(received_at * 1000), seq, text, path, received_at, False)
-        return Telemetry(device, channel, ts_ms, seq, text, path, received_at)
+            return Telemetry(
+                device, channel, round(received_at * 1000), seq, text, path, received_at, False, again
+            )
+        return Telemetry(device, channel, ts_ms, seq, text, path, received_at, True, again)
     except _Refused as refused:
         return dead_letter(topic, device, path, str(refused), payload, at)
     except Exception as unforeseen:

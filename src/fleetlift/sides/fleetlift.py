@@ -251,10 +251,13 @@ class FleetliftSide:
         the old one, and the other way round. The device refuses the second copy.
         """
         await conn.execute(
-            "INSERT INTO device_route (device, epoch, migration, telemetry, commands, link) "
-            "SELECT * FROM unnest($1::text[], $2::bigint[], $3::text[], $4::text[], $5::text[], $6::text[]) "
+            "INSERT INTO device_route (device, epoch, migration, telemetry, commands, link, both_since) "
+            "SELECT o.*, CASE WHEN o.telemetry = 'both' THEN now() END "
+            "FROM unnest($1::text[], $2::bigint[], $3::text[], $4::text[], $5::text[], $6::text[]) "
+            "o(device, epoch, migration, telemetry, commands, link) "
             "ON CONFLICT (device) DO UPDATE SET epoch = excluded.epoch, migration = excluded.migration, "
             "telemetry = excluded.telemetry, link = excluded.link, updated_at = now(), "
+            f"both_since = {_both_since('device_route', 'excluded')}, "
             "commands = CASE WHEN (device_route.commands, excluded.commands) IN "
             "(('old', 'new'), ('dry-run', 'new'), ('new', 'old'), ('new', 'dry-run')) "
             "THEN 'both' ELSE excluded.commands END "
@@ -290,7 +293,8 @@ class FleetliftSide:
                 async with self._pool.acquire() as conn, conn.transaction():
                     changed = await conn.fetch(
                         "UPDATE device_route r SET telemetry = o.telemetry, commands = o.commands, "
-                        "link = o.link, updated_at = now() FROM unnest($1::text[], $2::bigint[], $3::text[], "
+                        f"link = o.link, updated_at = now(), both_since = {_both_since('r', 'o')} "
+                        "FROM unnest($1::text[], $2::bigint[], $3::text[], "
                         "$4::text[], $5::text[]) o(device, epoch, telemetry, commands, link) "
                         "WHERE r.device = o.device AND r.epoch <= o.epoch AND EXISTS "
                         "(SELECT FROM device d WHERE d.id = r.device AND d.tenant = $6) AND "
@@ -448,6 +452,14 @@ def _reports(found: Mapping[str, Any]) -> dict[str, DeviceReport]:
             with contextlib.suppress(msgspec.ValidationError):
                 reports[device] = msgspec.convert(shadow.reported, DeviceReport)
     return reports
+
+
+def _both_since(before: str, after: str) -> str:
+    """SQL: since when a device sends to both sides without a break, by its route before and after."""
+    return (
+        f"CASE WHEN {after}.telemetry <> 'both' THEN NULL "
+        f"WHEN {before}.telemetry = 'both' THEN {before}.both_since ELSE now() END"
+    )
 
 
 def _chunks(devices: Sequence[str]) -> Iterator[list[str]]:
