@@ -5,6 +5,7 @@ import asyncio
 import pytest
 from msgspec.structs import replace
 
+from fleetlift.core import chain
 from fleetlift.core.errors import Conflict, NotFound
 from fleetlift.core.migration import (
     AuditEntry,
@@ -18,6 +19,7 @@ from fleetlift.core.migration import (
 )
 from fleetlift.core.timeline import TimelinePoint
 from fleetlift.migrate.controller import LEADER
+from fleetlift.store import audit
 from fleetlift.store import engine as store
 from fleetlift.store.pool import Conn, Pool, sole_owner
 
@@ -77,12 +79,12 @@ async def test_a_decision_is_stored_whole(pool: Pool) -> None:
         assert found.gates == (gate,)
         assert await store.open_requests(conn, "move") == ()
         assert await store.is_answered(conn, asked)
-        lines = await store.audit_page(conn, "move")
+        lines = await audit.page(conn, "move")
         assert [(line.kind, line.actor) for line in lines] == [
             ("migration_started", "controller"),
             ("migration_paused", "ann"),
         ]
-        assert await store.audit_page(conn, "move", after=lines[0].id) == lines[1:]
+        assert await audit.page(conn, "move", after=lines[0].id) == lines[1:]
 
 
 async def test_of_two_controllers_that_decide_at_once_one_commits(pool: Pool) -> None:
@@ -112,7 +114,7 @@ async def test_of_two_controllers_that_decide_at_once_one_commits(pool: Pool) ->
         found = await store.load(one, "move")
         assert found.state.reason == winner
         assert {"one", "other"} & found.state.members.keys() == {winner}
-        assert [line.text for line in await store.audit_page(one, "move")] == ["started", winner]
+        assert [line.text for line in await audit.page(one, "move")] == ["started", winner]
 
 
 async def test_one_controller_leads_at_a_time(database_url: str) -> None:
@@ -200,3 +202,40 @@ async def test_the_timeline_is_read_in_its_order(pool: Pool) -> None:
             (2.0, 2),
             (3.0, 3),
         ]
+
+
+async def test_the_audit_log_is_a_chain_from_the_first_line_on(pool: Pool) -> None:
+    """Lines of a start, of decisions and of an amendment follow from each other; a changed one does not."""
+    async with pool.acquire() as conn:
+        before = await make(conn)
+        told = AuditEntry(
+            kind="wave_opened",
+            text="größer",
+            evidence={"share": 0.1, "nan": float("nan"), "whole": 1.0, "large": 1e22, "gates": [{"n": 1}]},
+        )
+        after = replace(before.state, reason="x")
+        stored = await store.commit(conn, before, after, audit=[told, told], now=1001.25)
+        amended = AuditEntry(kind="plan_amended", text="…", actor="ann")
+        await store.commit(conn, stored, after, audit=[amended], plan="migration: move # 2", now=1002.0)
+        plans = await store.plan_versions(conn, "move")
+        assert plans == [(1, 1000.0, "migration: move"), (2, 1002.0, "migration: move # 2")]
+        links = await audit.whole_chain(conn, "move")
+        assert [one.number for one in links] == [1, 2, 3, 4]
+        assert chain.broken("move", plans[0][2], links) == []
+        assert await audit.head(conn, "move") == (4, links[-1].hash)
+        await conn.execute("UPDATE engine.audit SET text = 'smaller' WHERE number = 2")
+        [problem] = chain.broken("move", plans[0][2], await audit.whole_chain(conn, "move"))
+        assert problem.startswith("entry 2 (wave_opened")
+
+
+async def test_lines_from_before_the_chain_are_left_as_they_are(pool: Pool) -> None:
+    """A migration that was under way at the upgrade goes on; it is only not certified."""
+    async with pool.acquire() as conn:
+        before = await make(conn)
+        await conn.execute("UPDATE engine.audit SET number = NULL, hash = NULL")
+        entry = AuditEntry(kind="migration_paused", text="paused")
+        await store.commit(conn, before, before.state, audit=[entry], now=1001.0)
+        assert (await audit.head(conn, "move"))[0] == 1
+        assert [line.kind for line in await audit.page(conn, "move")] == ["migration_started", entry.kind]
+        with pytest.raises(Conflict, match="not a chain yet"):
+            await audit.whole_chain(conn, "move")

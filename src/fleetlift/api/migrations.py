@@ -32,8 +32,10 @@ from fleetlift.core.status import to_document
 from fleetlift.migrate import check, controller, report, status
 from fleetlift.migrate.check import PlanCheck
 from fleetlift.migrate.planfile import parse_plan
+from fleetlift.store import audit
 from fleetlift.store import engine as store
-from fleetlift.store.engine import AuditRow, StoredMigration
+from fleetlift.store.audit import AuditRow
+from fleetlift.store.engine import StoredMigration
 from fleetlift.store.paging import from_cursor, to_cursor
 from fleetlift.store.pool import Conn
 
@@ -389,7 +391,7 @@ async def list_events(
     async with found.engine.acquire() as conn:
         await visible(conn, request, name)
         if not streaming:
-            rows = await store.audit_page(conn, name, after=last, limit=limit + 1)
+            rows = await audit.page(conn, name, after=last, limit=limit + 1)
             more = len(rows) > limit
             cursor = to_cursor(rows[limit - 1].id) if more else None
             return Response(Listing([shown_event(r) for r in rows[:limit]], cursor))
@@ -413,7 +415,7 @@ async def follow(found: Services, name: str, last: int, token: str) -> AsyncIter
                     return
                 checked = time.monotonic()
             async with found.engine.acquire() as conn:
-                rows = await store.audit_page(conn, name, after=last, limit=200)
+                rows = await audit.page(conn, name, after=last, limit=200)
             for row in rows:
                 last = row.id
                 yield ServerSentEventMessage(

@@ -13,7 +13,7 @@ each of its gates measured and held; an epoch is used twice.
 import math
 from collections.abc import Iterable, Sequence
 from datetime import UTC, datetime
-from typing import Final
+from typing import Any, Final
 
 from msgspec.structs import replace
 
@@ -362,7 +362,7 @@ class _Deciding(Round):
         return True
 
     def _breach(self, result: GateResult, why: str) -> None:
-        name, mine = self.wave_name(), self.of_wave()
+        name, place, mine = self.wave_name(), self.place(), self.of_wave()
         if self.plan.on_breach is OnBreach.REVERT:
             told = self.return_wave(why)
             what = f"{format_devices(len(told))} told to go back"
@@ -379,7 +379,8 @@ class _Deciding(Round):
             n=result.n,
             old=result.old,
             devices=len(mine),
-            **{f"sample_{key}": value for key, value in result.evidence.items()},
+            **place,
+            gates=self._verdicts(),
         )
 
     def _climb(self) -> None:
@@ -401,7 +402,8 @@ class _Deciding(Round):
                         self.note(
                             "wave_awaits_approval",
                             f"{self.wave_name()} has baked and waits for approval",
-                            gates=self._figures(),
+                            **self.place(),
+                            gates=self._verdicts(),
                         )
                     else:
                         self._pass_wave()
@@ -448,8 +450,10 @@ class _Deciding(Round):
             self.note(
                 "wave_skipped",
                 f"{self.wave_name()} adds no device: {format_devices(raised)} of {limit} are there already",
+                **self.place(),
                 raised=raised,
                 limit=limit,
+                fleet=len(here),
             )
             self._next_wave()
             return self.state.phase is not Phase.FINISHED
@@ -471,9 +475,11 @@ class _Deciding(Round):
             "wave_opened",
             f"{self.wave_name()} opened: {format_devices(len(picked))} told to move, "
             f"{raised + len(picked)} of {len(here)} on this rung",
+            **self.place(),
             devices=listed(picked),
             told=len(picked),
             raised=raised + len(picked),
+            limit=limit,
             fleet=len(here),
             epoch=self.state.epoch,
         )
@@ -499,6 +505,7 @@ class _Deciding(Round):
             f"{self.wave_name()}: {format_devices(moved)} moved"
             + (f", {len(behind)} did not" if behind else "")
             + f"; bakes for {format_duration(self.rung.bake_s)}",
+            **self.place(),
             moved=moved,
             stragglers={member.device: member.reason for member in behind[:LISTED]},
         )
@@ -518,7 +525,12 @@ class _Deciding(Round):
         return not waits
 
     def _pass_wave(self) -> None:
-        self.note("wave_passed", f"{self.wave_name()} passed all gates", gates=self._figures())
+        self.note(
+            "wave_passed",
+            f"{self.wave_name()} passed all gates",
+            **self.place(),
+            gates=self._verdicts(),
+        )
         self._next_wave()
 
     def _next_wave(self) -> None:
@@ -530,8 +542,18 @@ class _Deciding(Round):
         else:
             self._finish()
 
-    def _figures(self) -> dict[str, str]:
-        return {result.gate: result.why for result in self.gates}
+    def _verdicts(self) -> list[dict[str, Any]]:
+        """Each gate's verdict with its whole sample, from which it can be computed again."""
+        return [
+            {
+                "gate": result.gate,
+                "verdict": result.verdict,
+                "why": result.why,
+                "missing": result.missing,
+                "sample": result.sample,
+            }
+            for result in self.gates
+        ]
 
     def _finish(self) -> None:
         behind = [m for m in self.members.values() if m.state is MemberState.STRAGGLER]

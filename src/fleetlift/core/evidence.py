@@ -11,6 +11,7 @@ from fleetlift.core.orders import DevicePhase, DeviceReport, Flags, TelemetryFla
 from fleetlift.core.units import format_devices, format_some
 
 LISTED: Final = 20  # devices named in one line of evidence
+ON_THE_WAY: Final = "on_the_way"  # in a sample's evidence: devices that may yet turn the verdict
 BY_NEW: Final = (TelemetryFlag.BOTH, TelemetryFlag.NEW)
 
 
@@ -95,10 +96,26 @@ def judge_moves(gate: Gate, moves: Moves) -> GateResult:
     worst = judge(gate, _success(moves, feared=len(moves.pending)))
     if worst.verdict is Verdict.ADVANCE:
         return worst
+    return _on_the_way(gate, best, len(moves.pending))
+
+
+def judge_again(gate: Gate, sample: Sample) -> GateResult:
+    """The verdict that a stored sample of `gate` led to, also where devices were still on their way."""
+    found = judge(gate, sample)
+    pending = sample.evidence.get(ON_THE_WAY)
+    if isinstance(pending, int) and found.verdict is not Verdict.REVERT:
+        return _on_the_way(gate, found, pending)
+    return found
+
+
+def _on_the_way(gate: Gate, best: GateResult, pending: int) -> GateResult:
+    assert best.sample is not None
+    noted = {**best.sample.evidence, ON_THE_WAY: pending}
     return replace(
         best,
         verdict=Verdict.HOLD,
-        why=f"{gate.metric}: {format_devices(len(moves.pending))} still on the way",
+        why=f"{gate.metric}: {format_devices(pending)} still on the way",
+        sample=replace(best.sample, evidence=noted),
     )
 
 

@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Final
 
+from fleetlift.core.chain import digest
 from fleetlift.core.evidence import listed
 from fleetlift.core.migration import MemberState, Phase, Request, RequestKind, WavePhase
 from fleetlift.core.round import Round
@@ -52,7 +53,8 @@ def _resume(round_: Round, request: Request) -> str | None:
     if "device" in request.args:
         return _resume_device(round_, str(request.args["device"]), request.actor)
     before = round_.state.phase
-    round_.note("migration_resumed", f"resumed by {request.actor}; it was {before}", request.actor)
+    text = f"resumed by {request.actor}; it was {before}"
+    round_.note("migration_resumed", text, request.actor, was=before)
     match before:
         case Phase.PAUSED:
             round_.change(phase=Phase.RUNNING, reason="")
@@ -94,7 +96,8 @@ def _approve(round_: Round, request: Request) -> str | None:
     if round_.state.wave_phase is not WavePhase.AWAITING_APPROVAL:
         return "no wave waits for approval"
     round_.change(approved=True)
-    round_.note("wave_approved", f"{round_.wave_name()} approved by {request.actor}", request.actor)
+    text = f"{round_.wave_name()} approved by {request.actor}"
+    round_.note("wave_approved", text, request.actor, **round_.place())
     return None
 
 
@@ -115,7 +118,8 @@ def _revert_wave(round_: Round, actor: str) -> str | None:
     if round_.state.wave_phase is WavePhase.RETURNING:
         return "the wave is going back already"
     round_.return_wave(f"sent back by {actor}")
-    round_.note("wave_returning", f"{round_.wave_name()}: {round_.state.reason}", actor)
+    text = f"{round_.wave_name()}: {round_.state.reason}"
+    round_.note("wave_returning", text, actor, **round_.place())
     return None
 
 
@@ -145,6 +149,7 @@ def _amend(round_: Round, request: Request) -> str | None:
         request.actor,
         taken_out=listed(member.device for member in gone),
         taken_out_total=len(gone),
+        plan=digest(str(request.args.get("plan", ""))),
     )
     if round_.state.phase in (Phase.HELD, Phase.FINISHED):
         _try_again(round_)

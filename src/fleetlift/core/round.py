@@ -65,6 +65,10 @@ class Round:
         share = self.rung.waves[self.state.wave]
         return f"{self.rung.name}, wave {self.state.wave + 1} of {len(self.rung.waves)} ({share})"
 
+    def place(self) -> dict[str, Any]:
+        """The open wave's place in the plan, for the audit log."""
+        return {"rung": self.state.rung, "wave": self.state.wave}
+
     def note(self, kind: str, text: str, actor: str = "controller", **evidence: Any) -> None:
         self.audit.append(AuditEntry(kind=kind, text=text, actor=actor, evidence=evidence))
 

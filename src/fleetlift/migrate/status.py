@@ -17,6 +17,7 @@ from fleetlift.core.status import (
 )
 from fleetlift.core.waves import approved
 from fleetlift.migrate.planfile import parse_plan
+from fleetlift.store import audit
 from fleetlift.store import engine as store
 from fleetlift.store.engine import MemberCount
 from fleetlift.store.pool import Pool
@@ -36,10 +37,10 @@ async def read_status(engine: Pool, name: str, *, now: float) -> MigrationStatus
         stored = await store.head(conn, name)
         counts = await store.member_counts(conn, name)
         late = await store.members_page(conn, name, states=[MemberState.STRAGGLER], limit=STRAGGLERS)
-        events = await store.audit_last(conn, name, EVENTS)
+        events = await audit.newest(conn, name, EVENTS)
         points = await store.samples(conn, name, since=now - TIMELINE_S)
-        times = await store.wave_times(conn, name)
-        ended = await store.ended_at(conn, name)
+        times = await audit.wave_times(conn, name)
+        ended = await audit.ended_at(conn, name)
         asked = await store.open_request_count(conn, name)
     plan = parse_plan(stored.plan, file=f"{name}.yaml")
     rungs = ladder(plan)

@@ -1,4 +1,4 @@
-"""Queries of schema `engine`: migrations, their members, audit, requests and samples.
+"""Queries of schema `engine`: migrations, their members, requests and samples (`audit.py`: the audit log).
 
 Every function takes a connection to the engine's database and leaves transactions to its caller, except
 `create` and `commit`, which are one transaction each. JSON travels as text, so no codec is needed.
@@ -23,6 +23,7 @@ from fleetlift.core.migration import (
     RequestKind,
 )
 from fleetlift.core.timeline import TimelinePoint
+from fleetlift.store import audit as audit_log
 from fleetlift.store.pool import Conn
 
 # Told by NOTIFY when a person asked for something; the controller need not wait for its next round.
@@ -45,17 +46,6 @@ class StoredMigration(msgspec.Struct, frozen=True, kw_only=True):
     updated_at: float
     state: MigrationState
     gates: tuple[GateResult, ...] = ()
-
-
-class AuditRow(msgspec.Struct, frozen=True, kw_only=True):
-    """One line of the audit log with its place (`id` is the cursor) and moment (Unix seconds)."""
-
-    id: int
-    at: float
-    actor: str
-    kind: str
-    text: str
-    evidence: dict[str, Any] = {}
 
 
 def _time(at: float | None) -> datetime | None:
@@ -167,7 +157,8 @@ async def create(
                 for m in state.members.values()
             ],
         )
-        await _add_audit(conn, state.name, audit, now)
+        await _add_plan(conn, state.name, 1, plan, now)
+        await audit_log.add(conn, state.name, audit, now)
 
 
 async def head(conn: Conn, name: str) -> StoredMigration:
@@ -261,7 +252,9 @@ async def commit(
                 list(answered),
                 _time(now),
             )
-        await _add_audit(conn, before.name, audit, now)
+        if plan is not None:
+            await _add_plan(conn, before.name, row["plan_version"], plan, now)
+        await audit_log.add(conn, before.name, audit, now)
     return msgspec.structs.replace(
         before,
         state=after,
@@ -297,13 +290,22 @@ async def _put_members(conn: Conn, name: str, members: Sequence[Member]) -> None
     )
 
 
-async def _add_audit(conn: Conn, name: str, audit: Sequence[AuditEntry], now: float) -> None:
-    if audit:
-        await conn.executemany(
-            "INSERT INTO engine.audit (migration, at, actor, kind, text, evidence) "
-            "VALUES ($1, $2, $3, $4, $5, $6::text::jsonb)",
-            [(name, _time(now), a.actor, a.kind, a.text, _json(a.evidence)) for a in audit],
-        )
+async def _add_plan(conn: Conn, name: str, version: int, plan: str, now: float) -> None:
+    await conn.execute(
+        "INSERT INTO engine.plan (migration, version, since, plan) VALUES ($1, $2, $3, $4)",
+        name,
+        version,
+        _time(now),
+        plan,
+    )
+
+
+async def plan_versions(conn: Conn, name: str) -> list[tuple[int, float, str]]:
+    """Every plan of a migration: version, since when (Unix seconds), text."""
+    rows = await conn.fetch(
+        "SELECT version, since, plan FROM engine.plan WHERE migration = $1 ORDER BY version", name
+    )
+    return [(row["version"], row["since"].timestamp(), row["plan"]) for row in rows]
 
 
 async def add_request(conn: Conn, name: str, kind: RequestKind, args: Mapping[str, Any], actor: str) -> int:
@@ -410,40 +412,6 @@ async def is_answered(conn: Conn, request: int) -> bool:
     return row["answered_at"] is not None
 
 
-def _audit_row(row: asyncpg.Record) -> AuditRow:
-    return AuditRow(
-        id=row["id"],
-        at=row["at"].timestamp(),
-        actor=row["actor"],
-        kind=row["kind"],
-        text=row["text"],
-        evidence=msgspec.json.decode(row["evidence"]),
-    )
-
-
-async def audit_page(conn: Conn, name: str, *, after: int = 0, limit: int = 100) -> list[AuditRow]:
-    """Lines of the audit log after the line `after`, oldest first."""
-    rows = await conn.fetch(
-        "SELECT id, at, actor, kind, text, evidence::text AS evidence FROM engine.audit "
-        "WHERE migration = $1 AND id > $2 ORDER BY id LIMIT $3",
-        name,
-        after,
-        limit,
-    )
-    return [_audit_row(row) for row in rows]
-
-
-async def audit_last(conn: Conn, name: str, limit: int = 12) -> list[AuditRow]:
-    """The newest lines of the audit log, oldest of them first."""
-    rows = await conn.fetch(
-        "SELECT id, at, actor, kind, text, evidence::text AS evidence FROM engine.audit "
-        "WHERE migration = $1 ORDER BY id DESC LIMIT $2",
-        name,
-        limit,
-    )
-    return [_audit_row(row) for row in reversed(rows)]
-
-
 async def members_page(
     conn: Conn,
     name: str,
@@ -483,33 +451,6 @@ async def member_counts(conn: Conn, name: str) -> list[MemberCount]:
         name,
     )
     return [MemberCount(**{**dict(row), "state": MemberState(row["state"])}) for row in rows]
-
-
-async def wave_times(conn: Conn, name: str) -> list[float]:
-    """How long the moves of the last waves took, in seconds: from opening to the last device's evidence."""
-    rows = await conn.fetch(
-        "SELECT kind, extract(epoch FROM at)::float8 AS at FROM engine.audit "
-        "WHERE migration = $1 AND kind IN ('wave_opened', 'wave_moved') ORDER BY id DESC LIMIT 20",
-        name,
-    )
-    times, moved = [], None
-    for row in rows:
-        if row["kind"] == "wave_moved":
-            moved = row["at"]
-        elif moved is not None:
-            times.append(moved - row["at"])
-            moved = None
-    return times
-
-
-async def ended_at(conn: Conn, name: str) -> float | None:
-    """When the migration last came to an end; None when it never has."""
-    found: float | None = await conn.fetchval(
-        "SELECT extract(epoch FROM max(at))::float8 FROM engine.audit WHERE migration = $1 "
-        "AND kind IN ('migration_finished', 'migration_reverted', 'migration_released')",
-        name,
-    )
-    return found
 
 
 async def open_request_count(conn: Conn, name: str) -> int:
