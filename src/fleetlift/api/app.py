@@ -61,7 +61,11 @@ def make_app(found: Services) -> Litestar:
     return Litestar(
         route_handlers=[api, openapi.show_description, *health.handlers],
         state=State({"services": found}),
-        middleware=[health.Measured(), DefineMiddleware(BearerAuthentication, exclude_from_auth_key="open")],
+        middleware=[
+            health.Measured(),
+            # Without the second of these OPTIONS would pass unauthenticated, and fail for want of a caller.
+            DefineMiddleware(BearerAuthentication, exclude_from_auth_key="open", exclude_http_methods=()),
+        ],
         guards=[require_role],
         exception_handlers={Exception: problems.answer},
         after_request=plain_headers,
