@@ -20,10 +20,11 @@ from fleetlift.core.migration import FleetDevice
 from fleetlift.core.orders import DevicePhase, DeviceReport, Flags
 from fleetlift.migrate.bridge import Bridge
 from fleetlift.migrate.feed_store import PostgresFeedStore
+from fleetlift.migrate.noise import NoiseReader
 from fleetlift.sides.fleetlift import FleetliftSide
 from fleetlift.sides.legacy.server import DeviceSeed, LegacyServer
 from fleetlift.sides.legacy.side import LegacySide
-from fleetlift.store import ledger
+from fleetlift.store import ledger, parity
 from fleetlift.store import telemetry as telemetry_store
 
 KEY = "not-a-real-key-of-a-device"
@@ -89,11 +90,13 @@ async def car(server: LegacyServer, device: str = "car-0") -> AsyncIterator[Car]
 
 
 def bridge_to(server: LegacyServer, ctx: Context) -> Bridge:
+    side = LegacySide(server.url, server.owner_key)
     bridge = Bridge(
-        LegacySide(server.url, server.owner_key),
+        side,
         key="legacy test",
         store=PostgresFeedStore(ctx.pool),
         to_log=lambda topic, payload, headers: ctx.publisher.to_log(topic, payload, headers),
+        noise=NoiseReader(side, ctx.publisher.to_log),
     )
     bridge.migrations["move"] = "carshare"
     return bridge
@@ -290,6 +293,34 @@ async def test_a_hundred_messages_of_a_side_gone_wrong_do_not_stop_the_feed(
                 return bool(await distinct(ctx) + letters == 6 and letters == 3)
 
         await until(all_there)
+
+
+async def test_the_feed_is_read_a_second_time_to_measure_its_noise(
+    ctx: Context, legacy: LegacyServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The old side tells the same twice here, and what it tells the second time is stored nowhere."""
+    monkeypatch.setattr("fleetlift.migrate.noise.FIRST_AFTER_S", 0.5)
+    async with car(legacy) as one, service(telemetry.run, ctx), running(bridge_to(legacy, ctx)):
+        sent = 0
+
+        async def measured() -> bool:
+            nonlocal sent
+            one.telemetry(sent, sent + 20)
+            sent += 20
+            async with ctx.pool.acquire() as conn:
+                return "position" in await parity.noise(conn, "legacy")
+
+        await until(measured)
+
+        async def all_stored() -> bool:
+            return await distinct(ctx) == sent
+
+        await until(all_stored)
+    async with ctx.pool.acquire() as conn:
+        noise = (await parity.noise(conn, "legacy"))["position"]
+        assert await conn.fetchval("SELECT sum(received) FROM ledger") == sent
+    assert noise.compared > 0
+    assert noise.differing == 0
 
 
 async def test_what_a_side_says_of_another_tenants_device_is_not_stored_as_that_tenants(

@@ -18,15 +18,10 @@ from fleetlift.core.command import Path, PathStatus, Reported, storable
 from fleetlift.core.errors import BadInput, FleetError, Unavailable
 from fleetlift.core.migration import FleetDevice
 from fleetlift.core.orders import DeviceReport
-from fleetlift.core.telemetry import (
-    HEADER_RECEIVED,
-    HEADER_SEQ,
-    HEADER_TS,
-    DeadLetter,
-    dead_letter,
-)
+from fleetlift.core.telemetry import DeadLetter, dead_letter
 from fleetlift.levers.flag import newest
 from fleetlift.log import get_logger
+from fleetlift.migrate.noise import NoiseReader
 from fleetlift.migrate.ports import GONE, FeedStore
 from fleetlift.sides.base import (
     CommandAnswered,
@@ -36,6 +31,7 @@ from fleetlift.sides.base import (
     Side,
     SideCommand,
     TelemetryReceived,
+    log_entry,
 )
 from fleetlift.store.commands import Answer
 
@@ -76,7 +72,8 @@ class Bridge:
 
     `key` names the feed's position (side and address); `begin_at` is where a feed never read before begins.
     `to_log(topic, payload, headers)` returns once the message is durable.
-    `up`, `fleet` and `reports` are what the old side is known to hold now; `fleet` is None until it was read.
+    `noise` reads a part of the feed twice, for parity. `up`, `fleet` and `reports` are what the old side is
+    known to hold now; `fleet` is None until it was read.
     """
 
     def __init__(
@@ -87,6 +84,7 @@ class Bridge:
         store: FeedStore,
         to_log: ToLog,
         begin_at: str = "",
+        noise: NoiseReader | None = None,
         now: Callable[[], float] = time.time,
         monotonic: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -98,6 +96,7 @@ class Bridge:
         self.why_down = "not connected yet"
         self._store = store
         self._to_log = to_log
+        self._noise = noise
         self._now = now
         self._monotonic = monotonic
         self._begin_at = begin_at
@@ -136,6 +135,8 @@ class Bridge:
             group.create_task(self._again(self._feed_once, "feed"), name=f"feed {self.key}")
             group.create_task(self._again(self._snapshots, "inventory"), name=f"inventory {self.key}")
             group.create_task(self._again(self._courier, "courier"), name=f"courier {self.key}")
+            if self._noise is not None:
+                group.create_task(self._again(self._noise.run, "noise"), name=f"noise {self.key}")
 
     async def _again(self, part: Any, what: str) -> None:
         failures = 0
@@ -222,6 +223,8 @@ class Bridge:
             settling = group.create_task(self._settle(pending))
             after = await self.position()
             self._feed_since, self._feed_lag_s = self._monotonic(), None
+            if self._noise is not None:
+                self._noise.begin()
             async for position, items in self.side.feed(after):
                 stored: asyncio.Future[list[DeadLetter]] | None = None
                 answers: list[CommandAnswered] = []
@@ -231,6 +234,8 @@ class Bridge:
                 if messages:
                     # Tasks of the group: whatever fails ends this round before a position is stored.
                     stored = group.create_task(self._enter(messages))
+                if self._noise is not None:
+                    self._noise.passed(position, len(messages))
                 await pending.put((position, stored, answers, messages[-1].received_at if messages else None))
             await pending.join()
             settling.cancel()
@@ -267,7 +272,7 @@ class Bridge:
         results = await asyncio.gather(*(self._enter_one(m) for m in ours), return_exceptions=True)
         letters = [
             dead_letter(
-                self._topic(m),
+                log_entry(self.side.name, m)[0],
                 "",
                 self.side.name,
                 "device: belongs to a tenant that no migration from this side is for",
@@ -281,7 +286,7 @@ class Bridge:
             if isinstance(result, BadInput):
                 letters.append(
                     dead_letter(
-                        self._topic(message),
+                        log_entry(self.side.name, message)[0],
                         message.device if message.device in owners else "",
                         self.side.name,
                         str(result),
@@ -299,14 +304,9 @@ class Bridge:
         """Whether devices of `tenant` are moved from this side; None is nobody's."""
         return tenant is None or tenant in self.migrations.values()
 
-    def _topic(self, message: TelemetryReceived) -> str:
-        return f"feed/{self.side.name}/{message.device}/{message.channel}"
-
     async def _enter_one(self, message: TelemetryReceived) -> int:
-        headers = {HEADER_TS: repr(message.ts), HEADER_RECEIVED: repr(message.received_at)}
-        if message.seq is not None:
-            headers[HEADER_SEQ] = str(message.seq)
-        return await self._to_log(self._topic(message), message.body, headers)
+        topic, headers = log_entry(self.side.name, message)
+        return await self._to_log(topic, message.body, headers)
 
     async def _settle(
         self,

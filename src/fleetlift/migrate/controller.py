@@ -37,6 +37,7 @@ from fleetlift.migrate.feed_store import PostgresFeedStore
 from fleetlift.migrate.journal import Journal
 from fleetlift.migrate.kill_switch import KillSwitch
 from fleetlift.migrate.measure import Measurer
+from fleetlift.migrate.noise import NoiseReader
 from fleetlift.migrate.planfile import parse_plan
 from fleetlift.migrate.ports import EngineStore
 from fleetlift.migrate.runner import ERROR_PAUSE_S, ROUND_EVERY_S, Runner, rounds_forever
@@ -236,12 +237,14 @@ class Controller:
         plan = parse_plan(stored.plan, file=f"{name}.yaml")
         key = bridge_key(plan)
         if key not in self._bridges:
+            side = connect_side(side_entry(plan))
             bridge = Bridge(
-                connect_side(side_entry(plan)),
+                side,
                 key=key,
                 store=PostgresFeedStore(self._ctx.pool),
                 to_log=self._ctx.publisher.to_log,
                 begin_at="now" if plan.old.options.get("feed_from") == "now" else "",
+                noise=NoiseReader(side, self._ctx.publisher.to_log),
             )
             task = asyncio.create_task(bridge.run(), name=f"bridge {key}")
             self._bridges[key] = (bridge, task)

@@ -10,6 +10,7 @@ import msgspec
 
 from fleetlift.core.migration import FleetDevice
 from fleetlift.core.orders import DeviceReport, Orders
+from fleetlift.core.telemetry import HEADER_RECEIVED, HEADER_SEQ, HEADER_TS
 
 
 class TelemetryReceived(msgspec.Struct, frozen=True, kw_only=True, tag="telemetry"):
@@ -44,6 +45,14 @@ class ReportReceived(msgspec.Struct, frozen=True, kw_only=True, tag="report"):
     device: str
     report: DeviceReport
     at: float
+
+
+def log_entry(side: str, message: TelemetryReceived) -> tuple[str, dict[str, str]]:
+    """The topic and the headers by which a message that `side` has received enters the log."""
+    headers = {HEADER_TS: repr(message.ts), HEADER_RECEIVED: repr(message.received_at)}
+    if message.seq is not None:
+        headers[HEADER_SEQ] = str(message.seq)
+    return f"feed/{side}/{message.device}/{message.channel}", headers
 
 
 FeedItem = TelemetryReceived | CommandAnswered | PresenceChanged | ReportReceived
