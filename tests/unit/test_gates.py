@@ -49,7 +49,7 @@ def test_gates_are_read_as_written(text: str, op: Op, limit: float | None, ratio
         ("telemetry.completeness >= 101%", "can never hold"),
         ("telemetry.completeness >= 1.2 x old", "no counterpart on the old side"),
         ("telemetry.delay.p99 == 1.2 x old", "needs <= or >="),
-        ("telemetry.delay.p99 <= 1 x old or 2 x old", "one ratio"),
+        ("telemetry.delay.p99 <= 1 x old or 2 x old", "one limit beside"),
         ("telemetry.delay.p99 <= 1s or 2s", "one limit"),
         ("telemetry.delay.p99 != 1s", "'!='"),
         ("hello", "is not a gate such as"),
@@ -228,11 +228,11 @@ def test_the_page_on_gates_lists_every_metric_as_the_code_has_it() -> None:
     page = (Path(__file__).parents[2] / "docs" / "gates.md").read_text()
     units = {"%": "%", "s": "duration", "": "count"}
     rows = [
-        f"| `{m.name}` | {m.better} | {units[m.unit]} | {m.at_least} {m.counted} | {m.meaning} "
-        f"| {'yes' if m.has_old else ''} |"
+        f"| `{m.name}` | {m.better} | {units[m.unit]} | {m.at_least} {m.counts} | {m.meaning} "
+        f"| {'sampled' if m.sampled else 'counted'} | {'yes' if m.has_old else ''} |"
         for m in METRICS.values()
     ]
-    listed = [line for line in page.splitlines() if line.startswith("| `") and line.count("|") == 7]
+    listed = [line for line in page.splitlines() if line.startswith("| `") and line.count("|") == 8]
     assert listed == rows
 
 

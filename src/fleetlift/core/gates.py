@@ -3,12 +3,17 @@
     telemetry.completeness >= 99.99%
     telemetry.delay.p99 <= 1.2 x old              a ratio to the old side, measured in the same window
     commands.latency.p95 <= 1.2 x old or 250ms    whichever of the two asks less
+    commands.success >= old - 0.5%                no worse than the old side by more than half a point
     {sql: "SELECT …", must: "<= 5"}
     {prometheus: "http://127.0.0.1:9090", query: "…", must: ">= 0.99"}
 
 A sample's `value` is in the metric's unit: percent (0 to 100), seconds, or a count. `n` is the size of
 what it was computed from, `old` and `old_n` the same for the old side. `evidence["summary"]` is the phrase
 that follows the figures in a verdict's reason ("412 of 15,310 missing, 6 devices").
+
+Some figures are counted: every message and every device is accounted for, and the figure is what it is.
+Others are samples of what could as well have come out otherwise; with a `confidence` they are judged by
+bounds on what they stand for (`core/sampled.py`), which hold however often a gate is looked at.
 """
 
 import difflib
@@ -24,7 +29,8 @@ from msgspec.structs import replace
 
 from fleetlift.core.errors import BadInput
 from fleetlift.core.migration import GateResult, Sample, Verdict
-from fleetlift.core.units import Quantity, format_count, format_quantity, parse_quantity
+from fleetlift.core.sampled import Figure, Limit, assess, compared, measured, still_needed
+from fleetlift.core.units import Quantity, format_count, format_duration, format_quantity, parse_quantity
 
 
 class Better(StrEnum):
@@ -40,65 +46,88 @@ class Metric(msgspec.Struct, frozen=True, kw_only=True):
     unit: str  # "%", "s" or "" (a count)
     better: Better
     at_least: int
-    counted: str  # what n counts
+    counts: str  # what n counts
+    figure: Figure
     has_old: bool = False  # can be compared with the old side
 
+    @property
+    def sampled(self) -> bool:
+        return self.figure is not Figure.COUNTED
 
-def _metrics(*rows: tuple[str, str, Better, int, str, bool, str]) -> Mapping[str, Metric]:
+
+def _metrics(*rows: tuple[str, str, Better, int, str, Figure, bool, str]) -> Mapping[str, Metric]:
     return MappingProxyType(
         {
             name: Metric(
-                name=name, unit=unit, better=better, at_least=n, counted=counted, has_old=old, meaning=meaning
+                name=name,
+                unit=unit,
+                better=better,
+                at_least=n,
+                counts=counts,
+                figure=figure,
+                has_old=old,
+                meaning=meaning,
             )
-            for name, unit, better, n, counted, old, meaning in rows
+            for name, unit, better, n, counts, figure, old, meaning in rows
         }
     )
 
 
 _UP, _DOWN = Better.HIGHER, Better.LOWER
+_COUNTED, _SHARE, _TIME, _RATE = Figure.COUNTED, Figure.SHARE, Figure.TIME, Figure.RATE
 METRICS: Final = _metrics(
     (
-        *("telemetry.completeness", "%", _UP, 10, "messages", False),
+        *("telemetry.completeness", "%", _UP, 10, "messages", _COUNTED, False),
         "of the messages that moved devices have numbered, the share that the new side has",
     ),
     (
-        *("telemetry.delay.p50", "s", _DOWN, 20, "messages", True),
+        *("telemetry.delay.p50", "s", _DOWN, 20, "messages", _TIME, True),
         "half of the messages came sooner after the time that they carry",
     ),
-    ("telemetry.delay.p95", "s", _DOWN, 20, "messages", True, "95 of 100 messages came sooner"),
-    ("telemetry.delay.p99", "s", _DOWN, 20, "messages", True, "99 of 100 messages came sooner"),
+    ("telemetry.delay.p95", "s", _DOWN, 20, "messages", _TIME, True, "95 of 100 messages came sooner"),
+    ("telemetry.delay.p99", "s", _DOWN, 20, "messages", _TIME, True, "99 of 100 messages came sooner"),
     (
-        *("devices.silent", "", _DOWN, 1, "moved devices", False),
+        *("devices.silent", "", _DOWN, 1, "moved devices", _COUNTED, False),
         "moved devices that the new side has not heard from for longer than `silent_after`",
     ),
     (
-        *("devices.failed", "", _DOWN, 1, "told devices", False),
+        *("devices.failed", "", _DOWN, 1, "told devices", _COUNTED, False),
         "devices of the wave that went back by themselves, or stayed though they are connected",
     ),
     (
-        *("commands.agreement", "%", _UP, 5, "commands", False),
+        *("commands.agreement", "%", _UP, 5, "commands", _SHARE, False),
         "of the commands sent by both paths, the share that both paths answered alike",
     ),
     (
-        *("commands.success", "%", _UP, 5, "commands", True),
+        *("commands.success", "%", _UP, 5, "commands", _SHARE, True),
         "of the commands that ended, the share that did what was asked",
     ),
     (
-        *("commands.latency.p50", "s", _DOWN, 5, "commands", True),
+        *("commands.latency.p50", "s", _DOWN, 5, "commands", _TIME, True),
         "half of the commands were answered sooner",
     ),
-    ("commands.latency.p95", "s", _DOWN, 5, "commands", True, "95 of 100 commands were answered sooner"),
-    ("commands.latency.p99", "s", _DOWN, 20, "commands", True, "99 of 100 commands were answered sooner"),
     (
-        *("commands.executed_twice", "", _DOWN, 1, "commands", False),
+        *("commands.latency.p95", "s", _DOWN, 5, "commands", _TIME, True),
+        "95 of 100 commands were answered sooner",
+    ),
+    (
+        *("commands.latency.p99", "s", _DOWN, 20, "commands", _TIME, True),
+        "99 of 100 commands were answered sooner",
+    ),
+    (
+        *("commands.executed_twice", "", _DOWN, 1, "commands", _COUNTED, False),
         "commands that a device carried out more than once",
     ),
     (
-        *("connections.flapping", "", _DOWN, 1, "moved devices", False),
+        *("connections.flapping", "", _DOWN, 1, "moved devices", _COUNTED, False),
         "moved devices that connected to the new side three times or more in five minutes",
     ),
     (
-        *("moves.success", "%", _UP, 1, "told devices", False),
+        *("connections.rate", "", _DOWN, 1, "moved devices", _RATE, True),
+        "how often a device connects anew, in an hour on the average",
+    ),
+    (
+        *("moves.success", "%", _UP, 1, "told devices", _COUNTED, False),
         "of the devices told to move that could be reached, the share that moved and stayed",
     ),
 )
@@ -121,7 +150,8 @@ class Op(StrEnum):
 class Gate(msgspec.Struct, frozen=True, kw_only=True):
     """One condition. `limit` is absolute, `ratio` times the old side's figure; with both the laxer holds.
 
-    `text` names the gate everywhere: on screen, in the audit log, as the key of its sample.
+    `margin` is how much worse than that the value may be. `text` names the gate everywhere: on screen, in the
+    audit log, as the key of its sample. `confidence` None: figures are compared as they are.
     """
 
     text: str
@@ -130,10 +160,12 @@ class Gate(msgspec.Struct, frozen=True, kw_only=True):
     source: Source = Source.METRIC
     limit: float | None = None
     ratio: float | None = None
+    margin: float = 0.0
     unit: str = ""
     at_least: int = 0
     query: str = ""
     url: str = ""  # of the Prometheus server
+    confidence: float | None = None
 
     @property
     def zero_tolerance(self) -> bool:
@@ -147,6 +179,13 @@ class Gate(msgspec.Struct, frozen=True, kw_only=True):
             and self.op in (Op.EQ, Op.LE)
         )
 
+    @property
+    def bounded(self) -> bool:
+        """True when a verdict takes bounds, and not the figure alone."""
+        metric = METRICS.get(self.metric)
+        sampled = metric is not None and metric.sampled
+        return sampled and self.confidence is not None and not self.zero_tolerance
+
 
 EXPECTED: Final = (
     "a gate such as 'telemetry.completeness >= 99.99%', 'commands.latency.p95 <= 1.2 x old or 250ms' "
@@ -154,7 +193,8 @@ EXPECTED: Final = (
 )
 _GATE = re.compile(r"\s*([A-Za-z][\w.\-]*)\s*(<=|>=|==|<|>|=|!=)\s*(.+?)\s*", re.ASCII | re.DOTALL)
 _MUST = re.compile(r"\s*(<=|>=|==|<|>|=|!=)\s*(.+?)\s*", re.ASCII | re.DOTALL)
-_RATIO = re.compile(r"([0-9]{1,6}(?:\.[0-9]{1,6})?)\s*(?:x|×|\*)\s*old", re.ASCII)
+_RATIO = re.compile(r"([0-9]{1,6}(?:\.[0-9]{1,6})?)\s*(?:x|×|\*)\s*(?:old|control)", re.ASCII)
+_BESIDE = re.compile(r"(?:old|control)(?:\s*([+-])\s*(.+))?", re.ASCII | re.DOTALL)
 _UNITS: Final = {"%": "a percentage such as 99.9%", "s": "a duration such as 250ms", "": "a plain number"}
 
 
@@ -166,23 +206,24 @@ def parse_gate(text: str, *, at_least: int | None = None) -> Gate:
     if (metric := METRICS.get(name)) is None:
         raise BadInput(f"{name!r} is not a metric{did_you_mean(name, METRICS)}; known: {', '.join(METRICS)}")
     op = _op(op_text)
-    limit, ratio = _limits(limit_text, metric)
-    if ratio is not None and op is Op.EQ:
-        raise BadInput(f"{text.strip()!r}: a ratio to the old side needs <= or >=")
+    limits = _limits(limit_text, metric)
+    if limits.ratio is not None and op is Op.EQ:
+        raise BadInput(f"{text.strip()!r}: a limit beside the old side needs <= or >=")
     harm = {Better.LOWER: (Op.LE, Op.LT, Op.EQ), Better.HIGHER: (Op.GE, Op.GT, Op.EQ)}[metric.better]
     if op not in harm:
         raise BadInput(
             f"{text.strip()!r} asks for the worse: "
             f"{name} is better {metric.better}; use {harm[0]} or {harm[1]}"
         )
-    if metric.unit == "%" and limit is not None and limit > 100:
+    if metric.unit == "%" and limits.limit is not None and limits.limit > 100:
         raise BadInput(f"{text.strip()!r} can never hold: more than 100 %")
     return Gate(
-        text=f"{name} {op} {_limit_text(limit, ratio, metric.unit)}",
+        text=f"{name} {op} {_limit_text(limits, metric)}",
         op=op,
         metric=name,
-        limit=limit,
-        ratio=ratio,
+        limit=limits.limit,
+        ratio=limits.ratio,
+        margin=limits.margin,
         unit=metric.unit,
         at_least=metric.at_least if at_least is None else at_least,
     )
@@ -224,33 +265,65 @@ def _op(text: str) -> Op:
     return Op(text)
 
 
-def _limits(text: str, metric: Metric) -> tuple[float | None, float | None]:
+class _Limits(msgspec.Struct):
     limit: float | None = None
     ratio: float | None = None
+    margin: float = 0.0
+
+
+def _limits(text: str, metric: Metric) -> _Limits:
+    found = _Limits()
     for part in re.split(r"\s+or\s+", text):
-        if match := _RATIO.fullmatch(part):
+        times, beside = _RATIO.fullmatch(part), _BESIDE.fullmatch(part)
+        if times or beside:
             if not metric.has_old:
                 raise BadInput(
                     f"{metric.name} has no counterpart on the old side: give {_UNITS[metric.unit]}"
                 )
-            if ratio is not None:
-                raise BadInput(f"{text!r}: one ratio to the old side is enough")
-            ratio = float(match[1])
+            if found.ratio is not None:
+                raise BadInput(f"{text!r}: one limit beside the old side is enough")
+            found.ratio = float(times[1]) if times else 1.0
+            if beside and beside[1]:
+                found.margin = _margin(part, beside[1], beside[2], metric)
             continue
         quantity: Quantity = parse_quantity(part)
-        if limit is not None:
+        if found.limit is not None:
             raise BadInput(f"{text!r}: one limit is enough")
         if quantity.unit != metric.unit:
             raise BadInput(f"{metric.name} is compared with {_UNITS[metric.unit]}, not with {part!r}")
-        limit = quantity.value
-    return limit, ratio
+        found.limit = quantity.value
+    return found
 
 
-def _limit_text(limit: float | None, ratio: float | None, unit: str) -> str:
-    parts = [] if ratio is None else [f"{ratio:g} x old"]
-    if limit is not None:
-        parts.append(_plain(limit, unit))
+def _margin(part: str, sign: str, text: str, metric: Metric) -> float:
+    """How much worse than the old side is allowed: `old - 0.5%`, in percentage points, or `old + 100ms`."""
+    quantity = parse_quantity(text)
+    if quantity.unit != metric.unit:
+        raise BadInput(f"{part!r}: the margin of {metric.name} is {_UNITS[metric.unit]}")
+    worse = "-" if metric.better is Better.HIGHER else "+"
+    if sign != worse:
+        raise BadInput(
+            f"{part!r} asks for better than the old side: {metric.name} is better {metric.better}; "
+            f"write 'old {worse} {text.strip()}' for what is still good enough"
+        )
+    return quantity.value
+
+
+def _limit_text(limits: _Limits, metric: Metric) -> str:
+    parts = (
+        []
+        if limits.ratio is None
+        else [_beside_text(limits.ratio, limits.margin, metric.better, metric.unit)]
+    )
+    if limits.limit is not None:
+        parts.append(_plain(limits.limit, metric.unit))
     return " or ".join(parts)
+
+
+def _beside_text(ratio: float, margin: float, better: Better, unit: str) -> str:
+    if margin:
+        return f"old {'-' if better is Better.HIGHER else '+'} {_plain(margin, unit)}"
+    return f"{ratio:g} x old"
 
 
 def _plain(value: float, unit: str) -> str:
@@ -278,16 +351,65 @@ def judge(gate: Gate, sample: Sample | None) -> GateResult:
         return _result(gate, sample, Verdict.REVERT, 0.0)
     if sample.n < gate.at_least:
         return _missing(gate, sample, _too_few(gate, sample.n))
-    limit = gate.limit
-    if gate.ratio is not None:
-        old = sample.old
-        if old is not None and math.isfinite(gate.ratio * old) and sample.old_n >= max(gate.at_least, 1):
-            limit = _laxer(gate.op, gate.ratio * old, gate.limit)
-        elif limit is None or not _holds(gate.op, value, limit):
-            return _missing(gate, sample, f"the old side has too little to compare with (n = {sample.old_n})")
-    assert limit is not None
+    limit, comparable = _resolved(gate, sample)
+    if limit is None or not (comparable or _holds(gate.op, value, limit)):
+        return _missing(gate, sample, f"the old side has too little to compare with (n = {sample.old_n})")
+    if gate.bounded:
+        return _judge_bounds(gate, sample, limit, comparable)
     verdict = Verdict.ADVANCE if _holds(gate.op, value, limit) else Verdict.REVERT
     return _result(gate, sample, verdict, limit)
+
+
+def _resolved(gate: Gate, sample: Sample) -> tuple[float | None, bool]:
+    """The limit in the value's unit, and whether that is all that would be allowed."""
+    if gate.ratio is None:
+        return gate.limit, True
+    old = sample.old
+    if old is None or not math.isfinite(gate.ratio * old) or sample.old_n < max(gate.at_least, 1):
+        return gate.limit, False
+    worse = -gate.margin if gate.op in (Op.GE, Op.GT) else gate.margin
+    return _laxer(gate.op, gate.ratio * old + worse, gate.limit), True
+
+
+def _judge_bounds(gate: Gate, sample: Sample, limit: float, comparable: bool) -> GateResult:
+    """Advance or revert when the bounds are sure of it; else hold, and say what is still needed."""
+    assert gate.confidence is not None and sample.value is not None
+    metric = METRICS[gate.metric]
+    asked = Limit(
+        figure=metric.figure,
+        higher=metric.better is Better.HIGHER,
+        absolute=gate.limit,
+        ratio=gate.ratio if comparable else None,
+        margin=gate.margin,
+        quantile=_quantile(gate.metric),
+    )
+    if not measured(asked, sample) or (asked.ratio is not None and not compared(asked, sample)):
+        return _missing(gate, sample, "the measurement has no sums that a bound can be computed from")
+    found = assess(asked, sample, gate.confidence)
+    sure = f"{100 * gate.confidence:g} % sure"
+    low, high = format_quantity(max(found.low, 0.0), gate.unit), format_quantity(found.high, gate.unit)
+    best, worst = (found.high, found.low) if asked.higher else (found.low, found.high)
+    if found.within:
+        return _result(
+            gate,
+            sample,
+            Verdict.ADVANCE,
+            limit,
+            worst,
+            f"{f'at least {low}' if asked.higher else f'at most {high}'}, {sure}",
+        )
+    if found.beyond and comparable:
+        return _result(
+            gate,
+            sample,
+            Verdict.REVERT,
+            limit,
+            best,
+            f"{f'at most {high}' if asked.higher else f'at least {low}'}, {sure}",
+        )
+    between = f"{low} to {high}" if math.isfinite(found.high) else f"{low} or more"
+    needed = _needed(metric, sample, still_needed(asked, sample, gate.confidence))
+    return _result(gate, sample, Verdict.HOLD, limit, worst, f"{between}, {sure}", needed)
 
 
 def _storable(sample: Sample | None) -> Sample:
@@ -305,7 +427,7 @@ def _storable(sample: Sample | None) -> Sample:
 
 def _too_few(gate: Gate, n: int) -> str:
     metric = METRICS.get(gate.metric)
-    return f"{format_count(n)} {metric.counted if metric else 'rows'} are too few (at least {gate.at_least})"
+    return f"{format_count(n)} {metric.counts if metric else 'rows'} are too few (at least {gate.at_least})"
 
 
 def _laxer(op: Op, relative: float, absolute: float | None) -> float:
@@ -332,14 +454,47 @@ def _holds(op: Op, value: float, limit: float) -> bool:
 _FAILS: Final = {Op.LE: ">", Op.GE: "<", Op.LT: ">=", Op.GT: "<=", Op.EQ: "!="}
 
 
-def _result(gate: Gate, sample: Sample, verdict: Verdict, limit: float) -> GateResult:
+def _quantile(metric: str) -> float:
+    """0.95 of `commands.latency.p95`; 0 of a metric that is no quantile."""
+    _, _, last = metric.rpartition(".p")
+    return int(last) / 100 if last.isdigit() else 0.0
+
+
+def _needed(metric: Metric, sample: Sample, times: float | None) -> str:
+    """What is still to come before this can be decided, should things go on as they do."""
+    if times is None:
+        return "too near to the limit, or too few devices, to be told apart soon"
+    more = (
+        []
+        if metric.figure is Figure.RATE
+        else [f"{format_count(_round(sample.n * (times - 1)))} more {metric.counts}"]
+    )
+    if sample.over_s > 0:
+        more.append(format_duration(_round(sample.over_s * (times - 1))))
+    return f"needs about {', '.join(more)}" if more else f"needs about {times:.1f} times as much"
+
+
+def _round(value: float) -> int:
+    """Upwards, to two figures: what is still needed is a guess."""
+    size: int = 10 ** max(0, math.floor(math.log10(max(value, 1))) - 1)
+    return math.ceil(value / size) * size
+
+
+def _result(
+    gate: Gate, sample: Sample, verdict: Verdict, limit: float, bound: float | None = None, *more: str
+) -> GateResult:
     assert sample.value is not None
-    sign = str(gate.op) if verdict is Verdict.ADVANCE else _FAILS[gate.op]
     name = gate.metric or gate.text.rsplit(f" {gate.op} ", 1)[0]
-    figures = f"{name} {_exact(sample.value, limit, gate.unit)} {sign} {format_quantity(limit, gate.unit)}"
-    notes = []
+    value, asked = _exact(sample.value, limit, gate.unit), format_quantity(limit, gate.unit)
+    if verdict is Verdict.HOLD:
+        figures = f"{name} {value}, not decided yet whether {gate.op} {asked}"
+    else:
+        figures = f"{name} {value} {gate.op if verdict is Verdict.ADVANCE else _FAILS[gate.op]} {asked}"
+    notes = list(more)
     if gate.ratio is not None and sample.old is not None:
-        notes.append(f"{gate.ratio:g} x old {format_quantity(sample.old, gate.unit)}")
+        better = METRICS[gate.metric].better
+        beside = _beside_text(gate.ratio, gate.margin, better, gate.unit)
+        notes.append(f"{beside} {format_quantity(sample.old, gate.unit)}")
     if summary := str(sample.evidence.get("summary", "")):
         notes.append(summary)
     elif sample.n:
@@ -355,6 +510,8 @@ def _result(gate: Gate, sample: Sample, verdict: Verdict, limit: float) -> GateR
         old=sample.old,
         evidence=dict(sample.evidence),
         sample=sample,
+        undecided=verdict is Verdict.HOLD,
+        bound=bound if bound is not None and math.isfinite(bound) else None,
     )
 
 

@@ -120,14 +120,62 @@ class Request(msgspec.Struct, frozen=True, kw_only=True):
     args: dict[str, Any] = {}
 
 
-class Sample(msgspec.Struct, frozen=True, kw_only=True):
-    """One measurement for a gate. `value` None: there is no data. `old` is the old side's, for ratios."""
+class Arm(msgspec.Struct, frozen=True, kw_only=True):
+    """What some devices did, summed over them: `n` operations (or hours) a device, `x` of them gone wrong.
+
+    The sums of squares tell how much the devices differ: a device that fails a thousand times is one device.
+    """
+
+    devices: int  # with anything to count
+    n: float
+    x: float
+    nn: float  # the sum of n * n over devices, and so on
+    xx: float
+    nx: float
+
+
+class Spread(msgspec.Struct, frozen=True, kw_only=True):
+    """How long operations took, as an `Arm` for each of `edges_s`, whose `x` are those that took longer.
+
+    Times are those of `core/delays.py`: a bucket's upper edge. Only edges of buckets that hold anything are
+    listed, in ascending order.
+    """
+
+    devices: int
+    n: float
+    nn: float
+    edges_s: tuple[float, ...]
+    x: tuple[float, ...]
+    xx: tuple[float, ...]
+    nx: tuple[float, ...]
+
+
+class Basis(StrEnum):
+    """What the old side's figure is of, and so how far it may be off."""
+
+    NONE = ""
+    DEVICES = "devices"  # other devices, equally chosen: these and those differ by chance
+    SAME = "same"  # the same devices, by the other path or before: no chance in who they are
+
+
+class Sample(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """One measurement for a gate. `value` None: there is no data. `old` is the old side's, for ratios.
+
+    What was sampled comes with the sums that bounds are computed from, `arm` or `spread`; `core/figures.py`
+    makes such samples of figures by device. `over_s` is the time that it took to come together.
+    """
 
     value: float | None
     n: int = 0
     old: float | None = None
     old_n: int = 0
     evidence: dict[str, Any] = {}
+    arm: Arm | None = None
+    old_arm: Arm | None = None
+    spread: Spread | None = None
+    old_spread: Spread | None = None
+    basis: Basis = Basis.NONE
+    over_s: float = 0.0
 
 
 class Observations(msgspec.Struct, frozen=True, kw_only=True):
@@ -191,4 +239,6 @@ class GateResult(msgspec.Struct, frozen=True, kw_only=True):
     old: float | None = None
     evidence: dict[str, Any] = {}
     missing: bool = False  # held for want of data; for longer than `no_data_after` that is a breach
+    undecided: bool = False  # held though there is data: too little of it to be sure either way
+    bound: float | None = None  # what the value is at the worst (advance, hold) or at the best (revert)
     sample: Sample | None = None  # what the verdict was computed from: `judge(gate, sample)` says the same
