@@ -9,10 +9,10 @@ import time
 from collections import OrderedDict
 from collections.abc import Sequence
 
-from fleetlift.core.parity import Rule, Tally, compare
+from fleetlift.core.parity import Tally, compare
 from fleetlift.core.telemetry import MQTT_PATH, Telemetry
 from fleetlift.store import parity as store
-from fleetlift.store.parity import Key, ParityRow
+from fleetlift.store.parity import Key, ParityRow, Rules
 from fleetlift.store.pool import Conn
 
 REFRESH_S = 1.0  # rules and routes are read again so often
@@ -26,7 +26,7 @@ class Parity:
         self._rows: OrderedDict[Key, ParityRow] = OrderedDict()
         self._changed: set[Key] = set()
         self._noise: dict[str, dict[str, Tally]] = {}
-        self._rules: dict[str, list[Rule]] = {}
+        self._rules: dict[str, Rules] = {}
         self._rules_at = float("-inf")
         self._both: dict[
             str, tuple[float, float | None]
@@ -66,12 +66,17 @@ class Parity:
 
     def _count(self, row: Telemetry, old_path: str, old: str, new: str) -> None:
         key = _key(row, old_path)
+        rules = self._rules.get(old_path, Rules())
+        since = self._both.get(row.device, (0.0, None))[1]
         entry = self._rows[key]
+        if since is not None and (since > entry.last_at or rules.changed_at != entry.rules_at):
+            # It has not sent to both ever since the pair before, or that was compared by other rules.
+            entry = self._rows[key] = ParityRow(rules_at=rules.changed_at)
+        entry.tally.note(compare(row.channel, old, new, rules.rules))
         assert row.seq is not None
-        entry.tally.note(compare(row.channel, old, new, self._rules.get(old_path, ())))
-        since, last = self._both.get(row.device, (0.0, None))[1], entry.spans.highest
-        if since is not None and since <= entry.last_at and last is not None and row.seq > last:
-            # It has sent to both sides ever since the pair before: what is in between should be there twice.
+        last = entry.spans.highest
+        if since is not None and last is not None and row.seq > last:
+            # What is in between should be there twice.
             entry.spans.add_range(last, row.seq + 1)
         else:
             entry.spans.add(row.seq)
@@ -81,7 +86,7 @@ class Parity:
     async def _refresh(self, conn: Conn, devices: set[str]) -> None:
         now = time.monotonic()
         if now - self._rules_at >= REFRESH_S:
-            self._rules = await store.rules(conn)
+            self._rules = await store.all_rules(conn)
             self._rules_at = now
         if old := [d for d in devices if d not in self._both or now - self._both[d][0] >= REFRESH_S]:
             since = await store.both_since(conn, old)

@@ -21,6 +21,7 @@ class ParityRow(msgspec.Struct, kw_only=True):
     spans: RangeSet = msgspec.field(default_factory=RangeSet)
     tally: Tally = msgspec.field(default_factory=Tally)
     last_at: float = 0.0
+    rules_at: float = 0.0  # `changed_at` of the rules that it was compared by
 
 
 class Stored(msgspec.Struct, frozen=True):
@@ -49,7 +50,7 @@ async def stored_copies(conn: Conn, rows: Sequence[Telemetry]) -> list[Stored | 
 async def load(conn: Conn, keys: Sequence[Key]) -> dict[Key, ParityRow]:
     found = await conn.fetch(
         """SELECT device, channel, old_path, spans::text AS spans, compared, differing, ignored,
-               fields::text AS fields, extract(epoch FROM last_at)::float8 AS last_at
+               fields::text AS fields, extract(epoch FROM last_at)::float8 AS last_at, rules_at
            FROM parity JOIN unnest($1::text[], $2::text[], $3::text[]) k(device, channel, old_path)
                USING (device, channel, old_path)""",
         [key[0] for key in keys],
@@ -58,7 +59,7 @@ async def load(conn: Conn, keys: Sequence[Key]) -> dict[Key, ParityRow]:
     )
     return {
         (r["device"], r["channel"], r["old_path"]): ParityRow(
-            spans=RangeSet.from_pg(r["spans"]), tally=_tally(r), last_at=r["last_at"]
+            spans=RangeSet.from_pg(r["spans"]), tally=_tally(r), last_at=r["last_at"], rules_at=r["rules_at"]
         )
         for r in found
     }
@@ -70,15 +71,16 @@ async def save(conn: Conn, rows: Mapping[Key, ParityRow]) -> None:
         keys = sorted(rows)
         await conn.execute(
             """INSERT INTO parity (device, channel, old_path, spans, compared, differing, ignored, fields,
-                                   last_at)
+                                   last_at, rules_at)
                SELECT device, channel, old_path, spans::int8multirange, compared, differing, ignored,
-                   fields::jsonb, to_timestamp(last_at)
+                   fields::jsonb, to_timestamp(last_at), rules_at
                FROM unnest($1::text[], $2::text[], $3::text[], $4::text[], $5::bigint[], $6::bigint[],
-                           $7::bigint[], $8::text[], $9::float8[])
-                    t(device, channel, old_path, spans, compared, differing, ignored, fields, last_at)
+                           $7::bigint[], $8::text[], $9::float8[], $10::float8[])
+                    t(device, channel, old_path, spans, compared, differing, ignored, fields, last_at,
+                      rules_at)
                ON CONFLICT (device, channel, old_path) DO UPDATE SET spans = EXCLUDED.spans,
                    compared = EXCLUDED.compared, differing = EXCLUDED.differing, ignored = EXCLUDED.ignored,
-                   fields = EXCLUDED.fields, last_at = EXCLUDED.last_at""",
+                   fields = EXCLUDED.fields, last_at = EXCLUDED.last_at, rules_at = EXCLUDED.rules_at""",
             [key[0] for key in keys],
             [key[1] for key in keys],
             [key[2] for key in keys],
@@ -88,6 +90,7 @@ async def save(conn: Conn, rows: Mapping[Key, ParityRow]) -> None:
             [rows[key].tally.ignored for key in keys],
             [_fields(rows[key].tally) for key in keys],
             [rows[key].last_at for key in keys],
+            [rows[key].rules_at for key in keys],
         )
 
 
@@ -137,21 +140,40 @@ async def noise(conn: Conn, old_path: str) -> dict[str, Tally]:
 # -- rules -------------------------------------------------------------------------------------------------
 
 
+class Rules(msgspec.Struct, frozen=True):
+    """What may differ between one old side and the new one, and since when these are the rules."""
+
+    rules: tuple[Rule, ...] = ()
+    changed_at: float = 0.0
+
+
 async def set_rules(conn: Conn, migration: str, old_path: str, rules: Sequence[Rule]) -> None:
-    """Replace the rules of one migration. They hold for what is compared from now on."""
-    async with conn.transaction():
-        await conn.execute("DELETE FROM parity_rule WHERE migration = $1", migration)
-        await conn.executemany(
-            "INSERT INTO parity_rule (migration, n, old_path, rule) VALUES ($1, $2, $3, $4::text::jsonb)",
-            [(migration, n, old_path, msgspec.json.encode(rule).decode()) for n, rule in enumerate(rules)],
-        )
+    """Replace the rules of one migration. When they change, comparing begins anew."""
+    await conn.execute(
+        """INSERT INTO parity_rules AS p (migration, old_path, rules) VALUES ($1, $2, $3::text::jsonb)
+           ON CONFLICT (migration) DO UPDATE SET old_path = EXCLUDED.old_path, rules = EXCLUDED.rules,
+               changed_at = now()
+           WHERE (p.old_path, p.rules) IS DISTINCT FROM (EXCLUDED.old_path, EXCLUDED.rules)""",
+        migration,
+        old_path,
+        msgspec.json.encode(rules).decode(),
+    )
 
 
-async def rules(conn: Conn) -> dict[str, list[Rule]]:
-    """All rules, by the old side's name."""
-    found: dict[str, list[Rule]] = {}
-    for r in await conn.fetch("SELECT old_path, rule::text AS rule FROM parity_rule ORDER BY migration, n"):
-        found.setdefault(r["old_path"], []).append(msgspec.json.decode(r["rule"], type=Rule))
+async def drop_rules(conn: Conn, migration: str) -> None:
+    await conn.execute("DELETE FROM parity_rules WHERE migration = $1", migration)
+
+
+async def all_rules(conn: Conn) -> dict[str, Rules]:
+    """By the old side's name."""
+    found: dict[str, Rules] = {}
+    for r in await conn.fetch(
+        "SELECT old_path, rules::text AS rules, extract(epoch FROM changed_at)::float8 AS changed_at "
+        "FROM parity_rules ORDER BY migration"
+    ):
+        before = found.get(r["old_path"], Rules())
+        own = msgspec.json.decode(r["rules"], type=tuple[Rule, ...])
+        found[r["old_path"]] = Rules(before.rules + own, max(before.changed_at, r["changed_at"]))
     return found
 
 

@@ -3,8 +3,8 @@
 -- Since when a device has been sending to both sides without a break; NULL while it does not.
 ALTER TABLE device_route ADD COLUMN both_since timestamptz;
 
--- What came of comparing, by channel. `spans`: the numbers between the first and the last pair of each time that
--- the device sent to both; what lies in them and came by one path only is missing on the other.
+-- What came of comparing, by channel, the last time that the device sent to both by the same rules. `spans`: the
+-- numbers between the first and the last pair; what lies in them and came by one path only is missing on the other.
 CREATE TABLE parity (
     device     text NOT NULL,
     channel    text NOT NULL,
@@ -14,7 +14,8 @@ CREATE TABLE parity (
     differing  bigint NOT NULL,
     ignored    bigint NOT NULL,                    -- differing only in what a rule allows
     fields     jsonb NOT NULL,                     -- tallies by field
-    last_at    timestamptz NOT NULL,               -- receipt of the newest pair
+    last_at    timestamptz NOT NULL,               -- when the newest pair was compared
+    rules_at   double precision NOT NULL,          -- since when the rules it was compared by were in force
     PRIMARY KEY (device, channel, old_path)
 );
 
@@ -30,12 +31,11 @@ CREATE TABLE parity_noise (
 );
 
 -- What the plans of running migrations allow to differ.
-CREATE TABLE parity_rule (
-    migration  text NOT NULL,
-    n          integer NOT NULL,
-    old_path   text NOT NULL,
-    rule       jsonb NOT NULL,
-    PRIMARY KEY (migration, n)
+CREATE TABLE parity_rules (
+    migration   text PRIMARY KEY,
+    old_path    text NOT NULL,
+    rules       jsonb NOT NULL,
+    changed_at  timestamptz NOT NULL DEFAULT now()  -- what was compared by other rules before counts no more
 );
 
 DO $$
