@@ -4,8 +4,10 @@ The parent process writes it to `DIR/run.json` (mode 0600: it holds the engines'
 reads it from there, so that no secret is ever on a command line or in an environment.
 """
 
+import contextlib
 import os
 import re
+import secrets
 import socket
 from collections.abc import Mapping
 from pathlib import Path
@@ -144,6 +146,25 @@ def write_private(path: Path, text: str) -> None:
         file.flush()
         os.fsync(file.fileno())
     temporary.replace(path)
+
+
+def own_key(path: Path) -> bytes:
+    """The 32 secret bytes in a private file of the data directory, drawn when there are none yet."""
+    if not path.exists():
+        temporary = path.with_name(f"{path.name}.{secrets.token_hex(4)}")
+        write_private(temporary, secrets.token_hex(32) + "\n")
+        try:
+            with contextlib.suppress(FileExistsError):
+                os.link(temporary, path)  # of two processes one wins, and nobody reads half a key
+        finally:
+            temporary.unlink()
+    try:
+        key = bytes.fromhex(path.read_text().strip())
+    except ValueError:
+        key = b""
+    if len(key) != 32:
+        raise BadInput(f"{path} is not a key of 64 hexadecimal digits: restore it from a backup")
+    return key
 
 
 def save_run(settings: Settings) -> None:

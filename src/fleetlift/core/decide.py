@@ -64,6 +64,11 @@ OWN_METRICS: Final = ("moves.success", "devices.failed", "devices.silent")
 """Metrics that `decide` computes itself, from members and observations, unless a sample is given."""
 
 
+def always_watched(gate: Gate) -> bool:
+    """Whether a gate sends a wave back also while its devices are still moving."""
+    return gate.zero_tolerance or gate.metric in OWN_METRICS
+
+
 def begin(plan: Plan, fleet: Sequence[FleetDevice], epoch: int) -> MigrationState:
     """The state of a migration that has not told any device anything yet.
 
@@ -336,8 +341,7 @@ class _Deciding(Round):
         by_text = {gate.text: gate for gate in self.rung.gates}
         for result in self.gates:
             gate = by_text[result.gate]
-            always = gate.zero_tolerance or gate.metric in OWN_METRICS
-            if result.verdict is Verdict.REVERT and (watched or always):
+            if result.verdict is Verdict.REVERT and (watched or always_watched(gate)):
                 if not self.seen.old_up:
                     # Sent back now, devices would be served by nobody; nothing grows meanwhile either.
                     reason = "waits for the old side, to send the wave back to it"

@@ -8,8 +8,6 @@ import base64
 import contextlib
 import hashlib
 import hmac
-import os
-import secrets
 import time
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from datetime import datetime
@@ -23,6 +21,7 @@ from nats.errors import Error as NatsError
 from fleetlift.backend import commands, registry, shadows
 from fleetlift.backend.shadows import Services
 from fleetlift.bus.subjects import STREAM
+from fleetlift.config import own_key
 from fleetlift.core.command import Path as CommandPath
 from fleetlift.core.errors import BadInput, Unavailable
 from fleetlift.core.jsonvalue import JsonObject
@@ -64,25 +63,7 @@ class _StreamInfo(msgspec.Struct, frozen=True):
 
 def engine_key(data_dir: Path) -> bytes:
     """The engine's secret in `DIR/engine.key` (mode 0600), drawn when there is none yet."""
-    path = data_dir / KEY_FILE
-    with contextlib.suppress(FileExistsError):
-        temporary = path.with_name(f".{KEY_FILE}.{os.getpid()}.{secrets.token_hex(4)}")
-        fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-        try:
-            with os.fdopen(fd, "w") as file:
-                file.write(secrets.token_hex(32) + "\n")
-                file.flush()
-                os.fsync(file.fileno())
-            os.link(temporary, path)  # all or nothing: of two processes one wins, and nobody reads half a key
-        finally:
-            temporary.unlink()
-    try:
-        key = bytes.fromhex(path.read_text().strip())
-    except ValueError:
-        raise BadInput(f"{path} is not a key of 64 hexadecimal digits: restore it from a backup") from None
-    if len(key) != 32:
-        raise BadInput(f"{path} is not a key of 64 hexadecimal digits: restore it from a backup")
-    return key
+    return own_key(data_dir / KEY_FILE)
 
 
 def credential_of(key: bytes, device: str) -> str:

@@ -418,9 +418,9 @@ async def members_page(
     *,
     states: Sequence[MemberState] = (),
     after: int = -1,
-    limit: int = 100,
+    limit: int | None = 100,
 ) -> list[Member]:
-    """Members in their order, after rank `after`; `states` empty: all."""
+    """Members in their order, after rank `after`; `states` empty: all; `limit` None: to the last."""
     rows = await conn.fetch(
         "SELECT * FROM engine.member WHERE migration = $1 AND rank > $2 "
         "AND ($3::text[] = '{}' OR state = ANY($3::text[])) ORDER BY rank LIMIT $4",
