@@ -46,9 +46,10 @@ def orders(epoch: int, f: Flags, **changes: Any) -> Orders:
 
 
 class Disk:
-    """What is kept. `apply` is all there is to a write."""
+    """What is kept. `apply` is all there is to a write. `full`: nothing is taken; it waits in memory."""
 
     def __init__(self) -> None:
+        self.full = False
         self.record = m.Record()
         self.next_seq: dict[str, int] = {}
         self.outbox: dict[tuple[str, int], m.Entry] = {}
@@ -93,6 +94,7 @@ class SideModel:
         self.orders: Orders | None = None
         self.backlog: list[m.CommandReceived] = []  # sent again at each connection, as both sides do
         self.tries = 0
+        self.mute: set[str] = set()  # of telemetry, shadow, command: what gets no answer during a try
 
     def final(self, id_: str) -> list[m.AnswerStatus]:
         return [s for i, s in self.answers if i == id_ and s is not m.AnswerStatus.ACKNOWLEDGED]
@@ -103,6 +105,9 @@ class World:
         self.random = random.Random(seed)
         self.settings = settings or AgentSettings()
         self.now = T0
+        self.skew_s = 0.0  # how far the device's clock is ahead of the sides'
+        self.tell_time = True
+        self.unstored: list[tuple[m.Change, ...] | int] = []  # what a full disk has not taken, in order
         self.sides = {OLD: SideModel(), NEW: SideModel()}
         self.disk = Disk()
         self.executed: list[str] = []
@@ -131,6 +136,7 @@ class World:
     def boot(self) -> None:
         self._life += 1
         self.timer_at = None
+        self.unstored = []
         for path, side in self.sides.items():
             side.connected = side.subscribed = False
             self._connection[path] += 1
@@ -140,6 +146,23 @@ class World:
     def crash(self) -> None:
         """kill -9 and start again from what is on disk."""
         self.boot()
+
+    def jump(self, by_s: float) -> None:
+        """The device's clock is set on, or back."""
+        self.skew_s += by_s
+
+    def fill_disk(self) -> None:
+        self.disk.full = True
+
+    def free_disk(self) -> None:
+        self.disk.full = False
+        waiting, self.unstored = self.unstored, []
+        for changes in waiting:
+            if not isinstance(changes, int):
+                self._write(changes)
+        for token in waiting:
+            if isinstance(token, int):
+                self.feed(m.Stored(token))
 
     # --- time ---
 
@@ -233,30 +256,30 @@ class World:
     def feed(self, event: m.Event) -> None:
         todo = [event]
         while todo:
-            for action in self.agent.on(todo.pop(0), self.now):
+            for action in self.agent.on(todo.pop(0), self.now + self.skew_s):
                 self.log.append(action)
                 todo += self.act(action)
 
     def act(self, action: m.Action) -> list[m.Event]:
         match action:
             case m.Persist(token, changes, wait):
-                self.disk.apply(changes)
-                for change in changes:
-                    if isinstance(change, m.EntryAdded):
-                        e = change.entry
-                        assert self.produced.get(e.channel, 0) + 1 == e.seq, "a seq was skipped or reused"
-                        self.produced[e.channel] = e.seq
-                        self.bodies[e.channel, e.seq] = e.body
+                if self.disk.full:
+                    self.unstored += [changes, token] if wait else [changes]
+                    return []
+                self._write(changes)
                 if wait:
                     self.later(0.001, lambda: m.Stored(token))
             case m.ConnectOld():
                 self._connect(OLD)
-            case m.ConnectNew():
-                self._connect(NEW)
+            case m.ConnectNew(endpoint, credential):
+                if endpoint.host.startswith("wrong") or credential.startswith("wrong"):
+                    self.later(ROUND_TRIP_S, lambda: m.Refused(NEW, "not here, or not with that"))
+                else:
+                    self._connect(NEW)
             case m.Close(path):
                 self._cut(path, gently=True)
             case m.SetTimer(at):
-                self.timer_at = at
+                self.timer_at = at - self.skew_s
             case m.Execute(id_, _, _):
                 assert self.disk.commands[id_].status is None, "executed before it was remembered"
                 self.executed.append(id_)
@@ -279,15 +302,29 @@ class World:
                 self._reach(path, lambda: self._store(path, channel, seq, body))
             case m.SendTryTelemetry():
                 self.sides[NEW].tries += 1
-                self._reach(NEW, m.TryTelemetryAcked)
+                if "telemetry" not in self.sides[NEW].mute:
+                    self._reach(NEW, m.TryTelemetryAcked)
             case m.AnswerCommand(path, id_, status, _):
-                self._reach(path, lambda: self._answered(path, id_, status))
+                if "command" not in self.sides[path].mute:
+                    self._reach(path, lambda: self._answered(path, id_, status))
             case m.Report(path, report):
                 assert self.disk.record.epoch >= report.epoch or not self.settings.updatable
                 self._reach(path, lambda: self._reported(path, report))
-            case m.ShadowGet():
-                self._reach(NEW, lambda: m.ShadowAnswered(self.sides[NEW].orders))
+            case m.ShadowGet() if "shadow" not in self.sides[NEW].mute:
+                self._reach(NEW, lambda: m.ShadowAnswered(self.sides[NEW].orders, time_s=self._time()))
         return []
+
+    def _time(self) -> float | None:
+        return self.now if self.tell_time else None
+
+    def _write(self, changes: tuple[m.Change, ...]) -> None:
+        self.disk.apply(changes)
+        for change in changes:
+            if isinstance(change, m.EntryAdded):
+                e = change.entry
+                assert self.produced.get(e.channel, 0) + 1 == e.seq, "a seq was skipped or reused"
+                self.produced[e.channel] = e.seq
+                self.bodies[e.channel, e.seq] = e.body
 
     def _connect(self, path: Path) -> None:
         side = self.sides[path]
@@ -304,7 +341,7 @@ class World:
                     for command in side.backlog:
                         if not side.final(command.id):
                             self.on_connection(OLD, 2 * ROUND_TRIP_S, lambda c=command: c)  # type: ignore[misc]
-                return m.Connected(path)
+                return m.Connected(path, time_s=self._time() if path is OLD else None)
 
             self.on_connection(path, ROUND_TRIP_S, connected)
 

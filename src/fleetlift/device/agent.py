@@ -30,6 +30,7 @@ from fleetlift.core.orders import (
     Orders,
     TelemetryFlag,
 )
+from fleetlift.device.clock import SideClock
 from fleetlift.device.messages import (
     Action,
     AnswerAcked,
@@ -55,6 +56,7 @@ from fleetlift.device.messages import (
     OrdersReceived,
     Path,
     Persist,
+    Place,
     Record,
     RecordChanged,
     Refused,
@@ -144,11 +146,15 @@ class AgentSettings(msgspec.Struct, frozen=True, kw_only=True):
     linger_s: float = 3.0  # a link no longer wanted stays this long for answers that are owed
     stranded_after_s: float = 60.0  # with the old side away for this long, orders are awaited on the new one
     retry_legs_s: float = 3.0
+    starts_unserved_max: int = 5  # a moved device that starts so often without being served goes back
     updatable: bool = True  # False: firmware that cannot be moved; it answers orders with "unsupported"
 
 
 # --- the machine -----------------------------------------------------------------------------------------
 
+_JUMP_S = (
+    5.0  # a timer that comes so much too late means that the clock jumped, or that everything stood still
+)
 _BIT = {Path.OLD: 1, Path.NEW: 2}
 _DEMAND = {TelemetryFlag.OLD: 1, TelemetryFlag.BOTH: 3, TelemetryFlag.NEW: 2}
 _EXECUTES = {
@@ -230,6 +236,9 @@ class Agent:
         self._next_seq: dict[str, int] = {}
         self._commands: dict[str, CommandRecord] = {}
         self._executing: set[str] = set()  # until the outcome is stored
+        self._early: list[CommandReceived] = []  # came before the new side has told its time
+        self._asked_time = False  # since the new side was connected, and it has not answered yet
+        self._clock = SideClock()
         self._outcomes: deque[tuple[int, str]] = deque()  # (token, command id): answered once stored
         self._demand = 1
         self._token = 0
@@ -283,10 +292,12 @@ class Agent:
     # --- the one way in ---
 
     def on(self, event: Event, now: float) -> list[Action]:
-        """What is to be done about `event`, in this order. `now` is Unix seconds and may step back."""
+        """What is to be done about `event`, in this order. `now` is Unix seconds and may jump."""
         self._out = []
         if now < self._now:
-            self._rewind(self._now - now)
+            self._jumped(now - self._now)
+        elif now > self._timer_at + _JUMP_S:
+            self._jumped(now - max(self._timer_at, self._now))
         self._now = now
         match event:
             case TelemetryAcked():
@@ -306,6 +317,8 @@ class Agent:
             case Started():
                 self._started(event.saved, now)
             case Connected():
+                if event.time_s is not None:
+                    self._clock.told(event.time_s, now)
                 self._connected(self._links[event.path], now)
             case Lost():
                 self._ended(self._links[event.path], event.reason, now)
@@ -368,6 +381,18 @@ class Agent:
             self._persist(*interrupted, wait=False)
         if self.record.phase is DevicePhase.TRYING:
             self._legs_at = now
+        elif self.record.phase is DevicePhase.MOVED:
+            # Each start counts the limit of a lost side anew: a device that is started again and again for
+            # want of a connection would never reach it.
+            if self.record.starts_unserved >= self.settings.starts_unserved_max:
+                times = self.record.starts_unserved
+                self._back(Cause.NEW_LOST, f"started {times} times without being served by the new side")
+            else:
+                self._note_starts(self.record.starts_unserved + 1)
+
+    def _note_starts(self, unserved: int) -> None:
+        self.record = msgspec.structs.replace(self.record, starts_unserved=unserved)
+        self._persist(RecordChanged(self.record), wait=False)
 
     # --- telemetry ---
 
@@ -476,12 +501,15 @@ class Agent:
     def _commanded(self, event: CommandReceived, now: float) -> None:
         link = self._links[event.path]
         flag = self.record.flags.commands
+        if link is self._new and self._awaits_time(now):
+            self._early.append(event)
+            return
+        expired = self._clock.time(now) > event.expires_at
         if event.name == PROBE_COMMAND:
-            expired = now > event.expires_at
             self._answer(link, event.id, AnswerStatus.EXPIRED if expired else AnswerStatus.SUCCEEDED)
             return
         if event.dry_run or (event.path is Path.NEW and flag is CommandsFlag.DRY_RUN):
-            if now > event.expires_at:
+            if expired:
                 self._answer(link, event.id, AnswerStatus.EXPIRED)
             elif (why := self._judge(event.name, event.params)) is None:
                 self._answer(link, event.id, AnswerStatus.WOULD_EXECUTE)
@@ -491,7 +519,7 @@ class Agent:
         if (known := self._commands.get(event.id)) is not None:
             self._known_again(link, known)
             return
-        if now > event.expires_at:
+        if expired:
             self._answer(link, event.id, AnswerStatus.EXPIRED)
             return
         if flag not in _EXECUTES[event.path]:
@@ -502,7 +530,9 @@ class Agent:
             text = f"{len(self._executing)} commands are being executed; send it again later"
             self._answer(link, event.id, AnswerStatus.FAILED, _detail("BUSY", text))
             return
-        kept = CommandRecord(id=event.id, path=event.path, at=now, expires_at=event.expires_at)
+        kept = CommandRecord(
+            id=event.id, path=event.path, at=self._clock.time(now), expires_at=event.expires_at
+        )
         self._commands[event.id] = kept
         self._executing.add(event.id)
         self._persist(
@@ -512,6 +542,22 @@ class Agent:
                 Execute(event.id, event.name, event.params),
             ),
         )
+
+    def _awaits_time(self, now: float) -> bool:
+        """Whether the new side is about to tell its time: what waited there for the device comes before."""
+        return (
+            self._asked_time
+            and not self._clock.known
+            and self._new.state is LinkState.UP
+            and now - self._new.connecting_since < self.settings.acked_within_s
+            and len(self._early) < self.settings.owed_max
+        )
+
+    def _judge_early(self, now: float) -> None:
+        """The time is known, or will not be: decide on what came before."""
+        early, self._early = self._early, []
+        for event in early:
+            self._commanded(event, now)
 
     def _known_again(self, link: _Link, known: CommandRecord) -> None:
         """A second copy: by the same path it gets the first one's answer again, by the other `duplicate`."""
@@ -583,7 +629,7 @@ class Agent:
         if orders.epoch <= record.epoch:
             if orders.epoch < record.epoch:
                 self.stale_orders += 1
-                if self._links[path].ready:
+                if self._links[path].ready and self._report_token is None:
                     self._out.append(Report(path, self.report()))  # so that the side learns what holds
             return
         if (held := record.orders) is not None:
@@ -612,6 +658,9 @@ class Agent:
                 self._new.attempts, self._new.retry_at = 0, now
 
     def _shadow_answered(self, event: ShadowAnswered, now: float) -> None:
+        if event.time_s is not None:
+            self._clock.told(event.time_s, now)
+        self._asked_time = False
         if event.orders is not None:
             self._ordered(Path.NEW, event.orders, now)
         if event.ok:
@@ -649,6 +698,7 @@ class Agent:
             reason=reason,
             orders=orders or before.orders,
             try_started_at=try_started_at,
+            served_at=_place(before.orders) if cause is Cause.TRY_SUCCEEDED else before.served_at,
         )
         self._persist(RecordChanged(self.record))
         self._report_token = self._token
@@ -662,7 +712,7 @@ class Agent:
 
     @property
     def _knows_new(self) -> bool:
-        return self.record.orders is not None and self.record.orders.new is not None
+        return _place(self.record.orders) is not None or self.record.served_at is not None
 
     def _wants(self, now: float) -> tuple[bool, bool]:
         """Whether the old and the new link are wanted now."""
@@ -681,6 +731,15 @@ class Agent:
         )
         return True, known and stranded
 
+    def _place(self, attempt: int) -> Place:
+        """Where to look for the new side. Without an old side, and with a newest order that may name a wrong
+        place, every other attempt goes to where the device was served before."""
+        named, known = _place(self.record.orders), self.record.served_at
+        stranded = self.record.phase in (DevicePhase.OLD, DevicePhase.WENT_BACK)
+        place = known if named is None or (stranded and known is not None and attempt % 2) else named
+        assert place is not None
+        return place
+
     def _ended(self, link: _Link, reason: str, now: float) -> None:
         if link.state is not LinkState.DOWN:
             self._down(link, reason, now)
@@ -696,6 +755,7 @@ class Agent:
         else:
             self._out.append(SubscribeNew())
             link.connecting_since = now
+            self._asked_time = True
         self._pump(link, now)
 
     def _subscribed(self, granted: bool, now: float) -> None:
@@ -725,6 +785,8 @@ class Agent:
         if link.state is LinkState.UP:
             link.down_since = None
             link.attempts = 0
+            if link is self._new and self.record.starts_unserved:
+                self._note_starts(0)
 
     def _down(self, link: _Link, reason: str, now: float) -> None:
         if link.down_since is None:
@@ -754,9 +816,8 @@ class Agent:
                 if link is self._old:
                     self._out.append(ConnectOld())
                 else:
-                    orders = self.record.orders
-                    assert orders is not None and orders.new is not None
-                    self._out.append(ConnectNew(orders.new, orders.credential or ""))
+                    place = self._place(link.attempts)
+                    self._out.append(ConnectNew(place.endpoint, place.credential))
                 link.state, link.connecting_since = LinkState.CONNECTING, now
             elif link.state is LinkState.CONNECTING and (
                 now - link.connecting_since >= self.settings.connect_within_s
@@ -810,6 +871,8 @@ class Agent:
             if now - since >= _limit(record.orders.new_lost_limit_s):
                 why = f": {self._connect_reason}" if self._connect_reason else ""
                 self._back(Cause.NEW_LOST, f"new side lost for {now - since:.0f} s{why}")
+        if self._early and not self._awaits_time(now):
+            self._judge_early(now)
         if now >= self._health_at:
             self._health_at = now + s.health_every_s
             self._health(now)
@@ -874,7 +937,9 @@ class Agent:
             self._out.append(SetTimer(at))
 
     def _forget(self, now: float) -> None:
-        limit = now - self.settings.remember_commands_s
+        if not (self._old.ready or self._new.ready):
+            return  # nobody is there to tell the time, and a wrong clock must not make ids forgotten early
+        limit = self._clock.time(now) - self.settings.remember_commands_s
         old = [c.id for c in self._commands.values() if max(c.at, c.expires_at) < limit and c.status]
         for id_ in old:
             path = self._commands.pop(id_).path
@@ -882,24 +947,31 @@ class Agent:
         if old:
             self._persist(*map(CommandForgotten, old), wait=False)
 
-    def _rewind(self, by: float) -> None:
-        """The clock was set back: what was due in ten seconds still is."""
+    def _jumped(self, by: float) -> None:
+        """The clock was set on (or, below 0, back) by so much: what was due in ten seconds still is.
+
+        A device that stood still for a while looks the same, and the same is right: nobody had the time to
+        answer it meanwhile.
+        """
         for link in (self._old, self._new):
-            link.retry_at -= by
-            link.connecting_since -= by
+            link.retry_at += by
+            link.connecting_since += by
             if link.down_since is not None:
-                link.down_since -= by
+                link.down_since += by
             if link.unwanted_since is not None:
-                link.unwanted_since -= by
-            link.in_flight = {key: (held, at - by) for key, (held, at) in link.in_flight.items()}
+                link.unwanted_since += by
+            link.in_flight = {key: (held, at + by) for key, (held, at) in link.in_flight.items()}
             for id_, (status, detail, sent_at) in link.owed.items():
-                link.owed[id_] = (status, detail, None if sent_at is None else sent_at - by)
-        self._legs_at -= by
-        self._timer_at -= by
-        self._health_at -= by
-        self._started_at -= by
+                link.owed[id_] = (status, detail, None if sent_at is None else sent_at + by)
+        self._clock.jumped(by)
+        self._legs_at += by
+        self._timer_at += by
+        self._health_at += by
+        self._started_at += by
         if self.record.try_started_at is not None:
-            self.record = msgspec.structs.replace(self.record, try_started_at=self.record.try_started_at - by)
+            self.record = msgspec.structs.replace(self.record, try_started_at=self.record.try_started_at + by)
+            if self.record.phase is DevicePhase.TRYING:
+                self._persist(RecordChanged(self.record), wait=False)
 
     # --- persist before act ---
 
@@ -930,6 +1002,12 @@ class Agent:
 def _closes_old(flags: Flags) -> bool:
     """A closed old link together with work for the old side would strand that work: then it stays open."""
     return flags.link is LinkFlag.NEW and _DEMAND[flags.telemetry] == 2 and flags.commands is CommandsFlag.NEW
+
+
+def _place(orders: Orders | None) -> Place | None:
+    if orders is None or orders.new is None:
+        return None
+    return Place(orders.new, orders.credential or "")
 
 
 def _limit(seconds: float) -> float:

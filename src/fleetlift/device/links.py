@@ -197,11 +197,11 @@ class LegacyLink(Link):
         match message:
             case legacy.TelemetryAck(acks):
                 event(self, TelemetryAcked(Path.OLD, tuple((a.channel, a.seq) for a in acks)))
-            case legacy.LoginOk(_, heartbeat_s):
+            case legacy.LoginOk(server_time_ms, heartbeat_s):
                 self._in = True
                 every_s = max(heartbeat_s / 2, 0.5)
                 self.keep_beating(every_s, every_s * 3)
-                event(self, Connected(Path.OLD))
+                event(self, Connected(Path.OLD, time_s=server_time_ms / 1000))
             case legacy.LoginRefused(reason):
                 self.fail(Refused(Path.OLD, reason))
             case legacy.Command(id_, name, mode, expires_at_ms, params):
@@ -247,10 +247,12 @@ class _State(msgspec.Struct, frozen=True):
 
 class _Accepted(msgspec.Struct, frozen=True):
     state: _State = _State()
+    timestamp: int | None = None
 
 
 class _Rejected(msgspec.Struct, frozen=True):
     code: int = 0
+    timestamp: int | None = None
 
 
 class _DeltaState(msgspec.Struct, frozen=True):
@@ -385,11 +387,13 @@ class MqttLink(Link):
         elif topic == self._shadow + "/update/delta":
             event(self, ShadowChanged(_DELTA.decode(packet.payload).state.epoch))
         elif topic == self._shadow + "/get/accepted":
-            desired = bytes(_ACCEPTED.decode(packet.payload).state.desired)
+            accepted = _ACCEPTED.decode(packet.payload)
+            desired = bytes(accepted.state.desired)
             orders = None if desired == b"null" else read_orders(desired, self.host.device)
-            event(self, ShadowAnswered(orders))
+            event(self, ShadowAnswered(orders, time_s=_moment(accepted.timestamp)))
         elif topic == self._shadow + "/get/rejected":
-            event(self, ShadowAnswered(None, ok=_REJECTED.decode(packet.payload).code == 404))
+            rejected = _REJECTED.decode(packet.payload)
+            event(self, ShadowAnswered(None, ok=rejected.code == 404, time_s=_moment(rejected.timestamp)))
 
     def _publish(self, topic: str, payload: bytes, meaning: "Event | tuple[str, int] | None") -> None:
         packet_id = self._free_id()
@@ -438,6 +442,11 @@ class MqttLink(Link):
 
     def shadow_get(self) -> None:
         self._publish(self._shadow + "/get", b"", None)
+
+
+def _moment(timestamp: int | None) -> float | None:
+    """The middle of the second that a shadow document is stamped with."""
+    return None if timestamp is None else timestamp + 0.5
 
 
 def with_stamp(body: bytes, stamp: bytes) -> bytes:

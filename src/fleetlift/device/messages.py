@@ -40,8 +40,21 @@ class Entry(msgspec.Struct, frozen=True, gc=False):
     body: bytes
 
 
+class Place(msgspec.Struct, frozen=True):
+    """A new side, and what lets the device in there."""
+
+    endpoint: Endpoint
+    credential: str
+
+    def __repr__(self) -> str:
+        return f"Place(endpoint={self.endpoint.host}:{self.endpoint.port}, credential='***')"
+
+
 class Record(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """The state of the move. `flags` are those applied; `orders` is the newest order seen."""
+    """The state of the move. `flags` are those applied; `orders` is the newest order seen.
+
+    `served_at` is where a try last succeeded: the newest order may name a place that lets nobody in.
+    """
 
     epoch: int = 0
     phase: DevicePhase = DevicePhase.OLD
@@ -49,10 +62,15 @@ class Record(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     reason: str = ""
     orders: Orders | None = None
     try_started_at: float | None = None
+    served_at: Place | None = None
+    starts_unserved: int = 0  # of a moved device, since the new side last served it
 
 
 class CommandRecord(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """A command that was executed, or may have been. `status` None: begun, outcome unknown."""
+    """A command that was executed, or may have been. `status` None: begun, outcome unknown.
+
+    `at`, when it came, and `expires_at` are by the sides' clock.
+    """
 
     id: str
     path: Path
@@ -115,10 +133,11 @@ class TelemetryProduced(msgspec.Struct, frozen=True, gc=False):
 
 
 class Connected(msgspec.Struct, frozen=True):
-    """The link is up and signed in."""
+    """The link is up and signed in. `time_s`: what time it is there, if the side says so."""
 
     path: Path
     session_present: bool = False
+    time_s: float | None = None
 
 
 class Lost(msgspec.Struct, frozen=True):
@@ -163,10 +182,14 @@ class ReportAcked(msgspec.Struct, frozen=True):
 
 
 class ShadowAnswered(msgspec.Struct, frozen=True):
-    """The answer to ShadowGet: the orders that the shadow holds, if any. `ok` False: it failed there."""
+    """The answer to ShadowGet: the orders that the shadow holds, if any. `ok` False: it failed there.
+
+    `time_s`: what time it is on the new side.
+    """
 
     orders: Orders | None = None
     ok: bool = True
+    time_s: float | None = None
 
 
 class ShadowChanged(msgspec.Struct, frozen=True):
