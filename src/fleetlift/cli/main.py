@@ -56,6 +56,11 @@ AREAS: dict[str, Area] = {
     "demo": Area(
         "The main job, end to end, on this machine with recorded vehicles.", (CLI + "demo:demo",), TRY
     ),
+    "soak": Area(
+        "Kill and halt every process of running migrations, and balance the account.",
+        (CLI + "soak:soak",),
+        TRY,
+    ),
     "legacy": Area(
         "A home-grown telemetry server of the old kind, to move away from.", (CLI + "legacy:app",), TRY
     ),

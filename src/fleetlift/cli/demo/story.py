@@ -16,7 +16,6 @@ from rich.text import Text
 
 from fleetlift.cli.client import Api, connect
 from fleetlift.cli.demo.operator import Operator
-from fleetlift.cli.demo.parts import Part
 from fleetlift.cli.demo.verdict import (
     Stored,
     Verdict,
@@ -36,6 +35,7 @@ from fleetlift.core.migration import Verdict as Gate
 from fleetlift.core.status import MigrationStatus, from_document
 from fleetlift.device.fleet import FleetStatus
 from fleetlift.device.recorded import MISBEHAVING
+from fleetlift.load.parts import Part
 from fleetlift.migrate.report import read_report
 from fleetlift.migrate.report import render as render_report
 
@@ -106,6 +106,7 @@ class Demo:
     def _part(self, parts: ExitStack, name: str, arguments: list[str], ready: str) -> Part:
         part = Part(name, arguments, self.directory / "logs" / f"{name}.log")
         parts.callback(part.stop)
+        part.start()
         part.wait_printed(ready, within_s=60.0)
         return part
 
