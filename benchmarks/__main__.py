@@ -93,6 +93,7 @@ def run_all(
         with scratch_directory("fleetlift-bench-", scratch) as directory:
             facts = facts or machine.look(directory)
             bench = Bench(name, directory, quick=quick)
+            bench.earlier = {r.name: r for r in results}
             try:
                 results += asyncio.run(measure(bench, known[name]))
             except BenchFailed as problem:

@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator, Mapping
 from pathlib import Path
 from typing import TextIO
 
+from benchmarks.figures import Result
 from benchmarks.processes import Hot, Profile, cpu_profile, hottest
 
 _SHOWN_EVERY_S = 0.5  # on a terminal, where a line is written over
@@ -24,6 +25,7 @@ class Bench:
     ) -> None:
         self.name, self.directory, self.quick = name, directory, quick
         self.profiles: list[Profile] = []
+        self.earlier: dict[str, Result] = {}  # by figure: what benches before this one found in the same run
         self._output = output or sys.stderr
         self._terminal = self._output.isatty()
         self._what = ""
