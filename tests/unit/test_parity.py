@@ -19,6 +19,8 @@ from fleetlift.core.parity import (
     flatten,
     parse_rule,
 )
+from fleetlift.migrate.parity import assemble
+from fleetlift.store.parity import ChannelParity
 
 VALUES = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(),
@@ -128,3 +130,31 @@ def test_only_what_lies_above_the_noise_counts() -> None:
     assert above_noise(5, 100, 50, 1000) == 0.0
     assert above_noise(7, 100, 50, 1000) == pytest.approx(0.02)
     assert above_noise(0, 0, 0, 0) == 0.0
+
+
+def test_the_account_of_channels_is_summed_and_the_worst_field_comes_first() -> None:
+    tally = Tally()
+    for n in range(100):
+        tally.note(compare("gps", f'{{"lat": {n}, "x": 0}}', f'{{"lat": {n if n > 5 else -n - 1}, "x": 0}}'))
+    noise = Tally()
+    for n in range(200):
+        noise.note(compare("gps", '{"lat": 1}', f'{{"lat": {1 if n else 2}}}'))
+    gps = ChannelParity(
+        channel="gps",
+        devices=2,
+        account=account(both=100, only_old=1, only_new=2, compared=100, differing=6, ignored=0),
+        tally=tally,
+    )
+    can = ChannelParity(
+        channel="can",
+        devices=1,
+        account=account(both=50, only_old=0, only_new=0, compared=50, differing=0, ignored=0),
+        tally=Tally(compared=50),
+    )
+    report = assemble("legacy", [gps, can], {"gps": noise}, [parse_rule("y", "ignore")])
+    assert report.all == 153
+    assert report.account.matched == 144
+    assert report.above_noise == pytest.approx(6 / 150 - 1 / 200)
+    [field] = report.fields
+    assert (field.channel, field.field, field.differing, field.noise) == ("gps", "lat", 6, 1 / 200)
+    assert report.rules == ("y: ignore",)

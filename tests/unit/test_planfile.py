@@ -401,6 +401,21 @@ def test_what_may_not_be_amended(old: str, new: str, says: str) -> None:
         check_amendment(parse_plan(EXAMPLE), parse_plan(EXAMPLE.replace(old, new)), rung=3)
 
 
+def test_what_may_differ_is_read_and_what_makes_no_sense_is_refused_with_its_line() -> None:
+    text = (
+        HEAD.replace("steps:", 'parity: {server_time: ignore, "position gps.*": 0.5, speed: 1%}\nsteps:')
+        + STEP
+    )
+    assert [rule.text for rule in parse_plan(text).parity] == [
+        "server_time: ignore",
+        "position gps.*: 0.5",
+        "speed: 1%",
+    ]
+    line, key, says = one_problem(text.replace("1%", "often"))
+    assert (line, key) == (5, "parity.speed")
+    assert "expected 'ignore'" in says
+
+
 # -- the page ------------------------------------------------------------------------------------------
 
 

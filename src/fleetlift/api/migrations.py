@@ -31,6 +31,7 @@ from fleetlift.core.plan import check_amendment
 from fleetlift.core.status import to_document
 from fleetlift.migrate import check, controller, report, status
 from fleetlift.migrate.check import PlanCheck
+from fleetlift.migrate.parity import ParityReport, read_parity
 from fleetlift.migrate.planfile import parse_plan
 from fleetlift.store import audit
 from fleetlift.store import engine as store
@@ -347,6 +348,18 @@ async def show_report(request: Call, name: FromPath[str]) -> str:
     return await report.report_html(found.engine, found.pool, name)
 
 
+@get("/{name:str}/parity", opt=VIEWER, summary="What both sides saw of the same messages")
+async def show_parity(request: Call, name: FromPath[str]) -> ParityReport:
+    """Every message of devices that send (or last sent) to both sides, in exactly one class, and each field
+    that differed, with the noise of the old side against itself."""
+    found = services(request)
+    async with found.engine.acquire() as conn:
+        stored = await visible(conn, request, name)
+        members = await store.members_page(conn, name, limit=None)
+    async with found.pool.acquire() as conn:
+        return await read_parity(conn, parse_plan(stored.plan), name, [m.device for m in members])
+
+
 @get("/{name:str}/devices", opt=VIEWER, summary="The devices of a migration")
 async def list_members(
     request: Call,
@@ -450,6 +463,7 @@ router = Router(
         amend,
         show_plan,
         show_report,
+        show_parity,
         list_members,
         list_events,
     ],

@@ -340,6 +340,20 @@ def devices(
     )
 
 
+@app.command()
+def parity(name: Name = None, data: Data = None, as_json: Json = False) -> None:
+    """Show what both sides saw of the same messages: each in one class, and every field that differed."""
+    from fleetlift.cli.parity import show_parity
+    from fleetlift.cli.screen import emit_json
+
+    with connect(data) as api:
+        found = api.get(path_of(the_one(api, name), "/parity"))
+    if as_json:
+        emit_json(found)
+    else:
+        show_parity(found)
+
+
 # -- inside ---------------------------------------------------------------------------------------------
 
 

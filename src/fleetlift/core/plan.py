@@ -6,11 +6,16 @@ from types import MappingProxyType
 from typing import Final
 
 import msgspec
+from msgspec.structs import replace
 
 from fleetlift.core.errors import Conflict
 from fleetlift.core.gates import Gate, parse_gate
 from fleetlift.core.orders import CommandsFlag, Flags, LinkFlag, TelemetryFlag
+from fleetlift.core.parity import Rule
 from fleetlift.core.units import Share
+
+CONFIDENCE: Final = 0.95
+"""Of a plan that says nothing: a gate errs in one wave of twenty at most, however often it is looked at."""
 
 
 class Move(StrEnum):
@@ -39,7 +44,8 @@ STAGES: Final[Mapping[Move, tuple[str, ...]]] = MappingProxyType(
 class Fleet(msgspec.Struct, frozen=True, kw_only=True):
     """Which devices: those of `tenant` that `where` selects ("": all). `canaries` go first, in this order.
 
-    `updatable` is what a selected device must meet to be moved at all; "" stands for: unless its attribute
+    `control` of them, the last in the order, are raised by the last wave of each rung only. `updatable` is what
+    a selected device must meet to be moved at all; "" stands for: unless its attribute
     `updatable` is false.
     """
 
@@ -47,6 +53,7 @@ class Fleet(msgspec.Struct, frozen=True, kw_only=True):
     where: str = ""
     updatable: str = ""
     canaries: tuple[str, ...] = ()
+    control: Share | None = None
 
 
 class SideSpec(msgspec.Struct, frozen=True, kw_only=True):
@@ -72,6 +79,7 @@ class Step(msgspec.Struct, frozen=True, kw_only=True):
     commands_timeout_s: float = 60.0  # a command unanswered for so long counts as failed in the gates
     retry_after_s: float = 600.0  # a device that went back by itself is tried again after so long
     no_data_after_s: float | None = None  # None: max(bake, 60 s)
+    confidence: float | None = CONFIDENCE  # of gates on sampled figures; None: they are compared as they are
 
 
 class Plan(msgspec.Struct, frozen=True, kw_only=True):
@@ -84,6 +92,7 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
     steps: tuple[Step, ...]
     lever: str = "flag"
     on_breach: OnBreach = OnBreach.REVERT
+    parity: tuple[Rule, ...] = ()  # what may differ between the sides
     try_within_s: float = 30.0
     new_lost_limit_s: float = 30.0
 
@@ -156,17 +165,18 @@ def gates_of(plan: Plan) -> tuple[Gate, ...]:
 
 def _gates(step: Step) -> tuple[Gate, ...]:
     own = any(gate.metric == MOVES_SUCCESS.metric for gate in step.gates)
-    return step.gates if own else (*step.gates, MOVES_SUCCESS)
+    gates = step.gates if own else (*step.gates, MOVES_SUCCESS)
+    return tuple(replace(gate, confidence=step.confidence) if gate.sampled else gate for gate in gates)
 
 
 def _raised(flags: Flags, move: Move, stage: str) -> Flags:
     match move:
         case Move.TELEMETRY:
-            return msgspec.structs.replace(flags, telemetry=TelemetryFlag(stage))
+            return replace(flags, telemetry=TelemetryFlag(stage))
         case Move.COMMANDS:
-            return msgspec.structs.replace(flags, commands=CommandsFlag(stage))
+            return replace(flags, commands=CommandsFlag(stage))
         case Move.LINK:
-            return msgspec.structs.replace(flags, link=LinkFlag(stage))
+            return replace(flags, link=LinkFlag(stage))
 
 
 def check_amendment(old: Plan, new: Plan, rung: int) -> None:

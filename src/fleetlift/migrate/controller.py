@@ -27,6 +27,7 @@ from fleetlift.core.migration import (
     RequestKind,
 )
 from fleetlift.core.orders import Endpoint
+from fleetlift.core.parity import Rule
 from fleetlift.core.plan import Plan, check_amendment
 from fleetlift.core.selection import selected
 from fleetlift.levers.flag import FlagLever
@@ -39,11 +40,12 @@ from fleetlift.migrate.kill_switch import KillSwitch
 from fleetlift.migrate.measure import Measurer
 from fleetlift.migrate.noise import NoiseReader
 from fleetlift.migrate.planfile import parse_plan
-from fleetlift.migrate.ports import EngineStore
+from fleetlift.migrate.ports import GONE, EngineStore
 from fleetlift.migrate.runner import ERROR_PAUSE_S, ROUND_EVERY_S, Runner, rounds_forever
 from fleetlift.sides.fleetlift import FleetliftSide, endpoint_of, engine_key
 from fleetlift.sides.open import connect_side
 from fleetlift.store import engine as store
+from fleetlift.store import parity
 from fleetlift.store.engine import StoredMigration
 from fleetlift.store.pool import Pool, open_pool, sole_owner
 
@@ -196,7 +198,8 @@ class Controller:
         self._switch = switch
         self._key = engine_key(ctx.settings.path)
         self._bridges: dict[str, tuple[Bridge, asyncio.Task[None]]] = {}
-        self._running: dict[str, tuple[Bridge, asyncio.Task[None]]] = {}
+        self._running: dict[str, tuple[Bridge, Runner, asyncio.Task[None]]] = {}
+        self._rules: dict[str, tuple[Rule, ...]] = {}  # of parity, as the telemetry reader was told
         self._wake: dict[str, asyncio.Event] = {}
 
     async def lead(self, lock: "asyncpg.Connection[Any]") -> None:
@@ -219,6 +222,7 @@ class Controller:
                             if name not in broken:
                                 log.error("migration_not_taken_up", migration=name, reason=str(error))
                                 broken.add(name)
+                await self._tell_rules()
                 await self._prune_bridges()
                 await asyncio.sleep(ROUND_EVERY_S)
             log.warning("controller_lost_lock")
@@ -253,7 +257,7 @@ class Controller:
         wake = self._wake.setdefault(name, asyncio.Event())
         runner = self._runner(stored, plan, bridge)
         task = asyncio.create_task(rounds_forever(runner, wake), name=f"migration {name}")
-        self._running[name] = (bridge, task)
+        self._running[name] = (bridge, runner, task)
         log.info("migration_taken_up", migration=name, phase=stored.state.phase.value)
 
     def _runner(self, stored: StoredMigration, plan: Plan, bridge: Bridge) -> Runner:
@@ -290,9 +294,23 @@ class Controller:
             ca_pem=ca.read_text() if ca is not None and ca.is_file() else None,
         )
 
+    async def _tell_rules(self) -> None:
+        """Let the telemetry reader know what plans allow to differ, when it has changed."""
+        for name, (bridge, runner, _) in self._running.items():
+            rules = runner.plan.parity
+            if self._rules.get(name) != rules:
+                try:
+                    async with self._ctx.pool.acquire() as conn:
+                        await parity.set_rules(conn, name, bridge.side.name, rules)
+                except GONE as error:
+                    log.warning("rules_not_told", migration=name, reason=str(error))
+                else:
+                    self._rules[name] = rules
+
     async def _stop(self, name: str) -> None:
-        bridge, task = self._running.pop(name)
+        bridge, _, task = self._running.pop(name)
         self._wake.pop(name, None)
+        self._rules.pop(name, None)
         task.cancel()
         await asyncio.gather(task, return_exceptions=True)
         bridge.migrations.pop(name, None)

@@ -9,6 +9,7 @@ each complaint can name a line and nothing in a file can be constructed. `docs/p
 
 import re
 from collections.abc import Callable, Collection, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Final, TypeVar
 from urllib.parse import urlsplit
@@ -20,8 +21,9 @@ from fleetlift.core import where
 from fleetlift.core.errors import BadInput
 from fleetlift.core.gates import Gate, Source, did_you_mean, parse_gate, parse_query_gate
 from fleetlift.core.identity import checked_device_id, checked_tenant_id
-from fleetlift.core.plan import STAGES, Fleet, Move, OnBreach, Plan, SideSpec, Step
-from fleetlift.core.units import Share, parse_duration, parse_share
+from fleetlift.core.parity import Rule, parse_rule
+from fleetlift.core.plan import CONFIDENCE, STAGES, Fleet, Move, OnBreach, Plan, SideSpec, Step
+from fleetlift.core.units import Quantity, Share, parse_duration, parse_quantity, parse_share
 from fleetlift.sides.open import side_kinds as installed_sides
 
 MAX_BYTES: Final = 256 * 1024
@@ -36,17 +38,20 @@ _TIMES: Final = {
     "retry_after": "retry_after_s",
     "no_data_after": "no_data_after_s",
 }
-_DEFAULTS: Final = ("bake", "approve", *_TIMES)  # may stand at the top, for all steps
+_DEFAULTS: Final = ("bake", "approve", "confidence", *_TIMES)  # may stand at the top, for all steps
 _TOP: Final = (
     *("migration", "fleet", "from", "to", "lever", "on_breach", "steps", "try_within", "new_lost_limit"),
+    "parity",
     *_DEFAULTS,
 )
 _STEP: Final = ("move", "stages", "waves", "gates", *_DEFAULTS)
 _NAME = re.compile(r"[a-zA-Z0-9][a-zA-Z0-9_-]{0,62}", re.ASCII)
 _SECRET = re.compile(r"password|passwd|secret|token|credential|api_?key|private_?key", re.IGNORECASE)
 _OPTION = re.compile(r"[a-z][a-z0-9_]{0,40}", re.ASCII)
-_WAVES_MAX, _STEPS_MAX, _GATES_MAX, _CANARIES_MAX = 100, 100, 100, 10_000
+_WAVES_MAX, _STEPS_MAX, _GATES_MAX, _CANARIES_MAX, _RULES_MAX = 100, 100, 100, 10_000, 200
 _DEPTH_MAX: Final = 16
+_CONTROL_MOST: Final = 50.0
+_CONFIDENCE_RANGE: Final = (50.0, 99.9999)
 _TOLD_MAX: Final = 100  # problems in the text of one error
 _OPENING: Final = (
     yaml.FlowSequenceStartToken,
@@ -176,6 +181,7 @@ class _Reader:
         on_breach = self._get(top, "on_breach", self._one_of(tuple(OnBreach)), str(OnBreach.REVERT))
         try_within_s = self._get(top, "try_within", self._positive, 30.0)
         new_lost_limit_s = self._get(top, "new_lost_limit", self._positive, 30.0)
+        parity = self._get(top, "parity", self._parity)
         defaults = self._defaults(top, "")
         self._bake_given = "bake" in top  # also when it is wrong: then that is said, once
         steps = self._steps(top["steps"], defaults) if "steps" in top else None
@@ -191,9 +197,22 @@ class _Reader:
             steps=steps,
             lever=lever or "flag",
             on_breach=OnBreach(on_breach or OnBreach.REVERT),
+            parity=parity or (),
             try_within_s=try_within_s or 30.0,
             new_lost_limit_s=new_lost_limit_s or 30.0,
         )
+
+    def _parity(self, node: yaml.Node, key: str) -> tuple[Rule, ...] | None:
+        expected = "fields with what may differ, such as {speed: 1%, server_time: ignore}"
+        if (parts := self._mapping(node, key, expected)) is None:
+            return None
+        if len(parts) > _RULES_MAX:
+            return self._wrong(node, key, f"has {len(parts)} rules; at most {_RULES_MAX} are read")
+        rules = [
+            self._checked(partial(parse_rule, field))(value, _join(key, field))
+            for field, value in parts.items()
+        ]
+        return tuple(rule for rule in rules if rule is not None)
 
     def _name(self, node: yaml.Node, key: str) -> str | None:
         text = self._text(node, key, "a name")
@@ -205,15 +224,24 @@ class _Reader:
         expected = 'a mapping such as {tenant: carshare, where: "attributes.hardware >= 3"}'
         if (parts := self._mapping(node, key, expected)) is None:
             return None
-        self._known(node, parts, ("tenant", "where", "updatable", "canaries"), key)
+        self._known(node, parts, ("tenant", "where", "updatable", "canaries", "control"), key)
         self._needed(node, parts, ("tenant",), key)
         tenant = self._get(parts, "tenant", self._checked(checked_tenant_id), at=key)
         condition = self._get(parts, "where", self._where, "", at=key)
         updatable = self._get(parts, "updatable", self._where, "", at=key)
         canaries = self._get(parts, "canaries", self._canaries, _NO_CANARIES, at=key)
+        control = self._get(parts, "control", self._control, at=key)
         if tenant is None or condition is None or updatable is None or canaries is None:
             return None
-        return Fleet(tenant=tenant, where=condition, updatable=updatable, canaries=canaries)
+        return Fleet(tenant=tenant, where=condition, updatable=updatable, canaries=canaries, control=control)
+
+    def _control(self, node: yaml.Node, key: str) -> Share | None:
+        share = self._checked(parse_share)(node, key)
+        if share is not None and share.percent is not None and share.percent > _CONTROL_MOST:
+            return self._wrong(
+                node, key, f"{share} leaves too few devices for the waves before the last: 50% is the most"
+            )
+        return share
 
     def _where(self, node: yaml.Node, key: str) -> str | None:
         text = self._text(node, key, "a condition such as 'attributes.hardware >= 3'")
@@ -290,7 +318,7 @@ class _Reader:
 
     # -- steps -----------------------------------------------------------------------------------------
 
-    def _steps(self, node: yaml.Node, defaults: Mapping[str, float | bool]) -> tuple[Step, ...] | None:
+    def _steps(self, node: yaml.Node, defaults: Mapping[str, float | bool | None]) -> tuple[Step, ...] | None:
         items = self._list(node, "steps", "a list of steps such as '- move: telemetry'", _STEPS_MAX)
         if items is None:
             return None
@@ -309,7 +337,7 @@ class _Reader:
         return tuple(steps)
 
     def _step(
-        self, node: yaml.Node, key: str, defaults: Mapping[str, float | bool], reached: dict[Move, int]
+        self, node: yaml.Node, key: str, defaults: Mapping[str, float | bool | None], reached: dict[Move, int]
     ) -> Step | None:
         moves = ", ".join(Move)
         if (
@@ -348,21 +376,29 @@ class _Reader:
                 )
         if waves is None or gates is None or stages is None or "bake" not in own:
             return None
-        times = {field: float(own[name]) for name, field in _TIMES.items() if name in own}
+        times = {
+            field: float(seconds) for name, field in _TIMES.items() if (seconds := own.get(name)) is not None
+        }
+        confidence = own.get("confidence", CONFIDENCE)
         return Step(
             move=move,
             stages=stages,
             waves=waves,
-            bake_s=float(own["bake"]),
+            bake_s=float(own["bake"] or 0.0),
             gates=gates,
             approve=bool(own.get("approve", False)),
+            confidence=None if confidence is None else float(confidence),
             **times,
         )
 
-    def _defaults(self, parts: Mapping[str, yaml.Node], key: str) -> dict[str, float | bool]:
-        """The times and `approve`, as far as given here."""
-        found: dict[str, float | bool] = {}
+    def _defaults(self, parts: Mapping[str, yaml.Node], key: str) -> dict[str, float | bool | None]:
+        """The times, `approve` and `confidence`, as far as given here."""
+        found: dict[str, float | bool | None] = {}
         for name in _DEFAULTS:
+            if name == "confidence":
+                if name in parts and (share := self._confidence(parts[name], _join(key, name))) != 0:
+                    found[name] = share
+                continue
             read = self._bool if name == "approve" else self._duration
             if name in _TIMES and name != "grace":
                 read = self._positive
@@ -370,6 +406,23 @@ class _Reader:
             if value is not None:
                 found[name] = value
         return found
+
+    def _confidence(self, node: yaml.Node, key: str) -> float | None:
+        """A share, None for `none`, or 0 for what could not be read."""
+        text = self._text(node, key, "a percentage such as 95%, or none")
+        if text is None:
+            return 0
+        if text.strip() == "none":
+            return None
+        try:
+            quantity = parse_quantity(text)
+        except BadInput:
+            quantity = Quantity(value=0.0)
+        low, high = _CONFIDENCE_RANGE
+        if quantity.unit != "%" or not low <= quantity.value <= high:
+            self._wrong(node, key, f"{text!r}: expected a percentage from {low:g}% to {high:g}%, or none")
+            return 0
+        return quantity.value / 100
 
     def _stages(
         self, node: yaml.Node | None, step: yaml.Node, key: str, move: Move, done: int

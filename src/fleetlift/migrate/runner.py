@@ -8,6 +8,7 @@ import asyncio
 import contextlib
 import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import lru_cache
 
 from fleetlift.core.decide import decide
 from fleetlift.core.errors import Conflict, FleetError
@@ -42,6 +43,8 @@ ROUND_EVERY_S = 0.5
 ROUND_SHARE = 0.25  # a round of a large fleet takes at most this share of the time
 PAUSE_MOST_S = 3.0  # a round that waited for a side that hangs must not be followed by as long a pause
 ERROR_PAUSE_S = 2.0
+
+read_plan = lru_cache(maxsize=64)(parse_plan)  # a plan is read again after each round that failed
 
 Decide = Callable[[Plan, MigrationState, Observations, float], Decision]
 
@@ -126,7 +129,12 @@ class Runner:
         self._foreign: frozenset[str] = frozenset()  # ids that another tenant has at the new side
         self._followed: dict[str, DeviceReport] = {}  # what the new side's routes were last set by
         self._down: dict[str, str] = {}
-        self._use(parse_plan(stored.plan, file=f"{self.name}.yaml"))
+        self._use(read_plan(stored.plan, file=f"{self.name}.yaml"))
+
+    @property
+    def plan(self) -> Plan:
+        """The plan that the rounds go by now."""
+        return self._plan
 
     def _use(self, plan: Plan) -> None:
         self._plan = plan
@@ -221,7 +229,7 @@ class Runner:
     async def _load(self) -> StoredMigration:
         if self._stored is None:
             self._stored = await self._store.load(self.name)
-            self._use(parse_plan(self._stored.plan, file=f"{self.name}.yaml"))
+            self._use(read_plan(self._stored.plan, file=f"{self.name}.yaml"))
         return self._stored
 
     # -- observing ---------------------------------------------------------------------------------------
@@ -301,7 +309,7 @@ class Runner:
                 continue
             try:
                 new = str(one.args.get("plan", ""))
-                amended = parse_plan(new)
+                amended = read_plan(new)
                 check_amendment(plan, amended, stored.state.rung)
                 plan, text = amended, new
             except FleetError as error:

@@ -160,6 +160,14 @@ async def set_rules(conn: Conn, migration: str, old_path: str, rules: Sequence[R
     )
 
 
+async def old_path_of(conn: Conn, migration: str) -> str | None:
+    """The name of a migration's old side, once its rules were set."""
+    found: str | None = await conn.fetchval(
+        "SELECT old_path FROM parity_rules WHERE migration = $1", migration
+    )
+    return found
+
+
 async def drop_rules(conn: Conn, migration: str) -> None:
     await conn.execute("DELETE FROM parity_rules WHERE migration = $1", migration)
 
