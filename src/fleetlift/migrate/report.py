@@ -15,6 +15,7 @@ from fleetlift.core.errors import NotFound
 from fleetlift.core.migration import MemberState
 from fleetlift.core.plan import ladder
 from fleetlift.core.timeline import TimelinePoint
+from fleetlift.migrate.parity import ParityReport, read_parity
 from fleetlift.migrate.planfile import parse_plan
 from fleetlift.migrate.plots import Mark, Series, bands, clock_label, lines, value_label
 from fleetlift.store import ledger
@@ -81,6 +82,7 @@ class ReportData(msgspec.Struct, frozen=True, kw_only=True):
     figures: Sequence[Figure] = ()
     rungs: Sequence[str] = ()  # names of the ladder's rungs, index 0 is "old side"
     old_path: str = "old"
+    parity: ParityReport | None = None
 
 
 MARK_KINDS: Mapping[str, str] = {
@@ -113,6 +115,7 @@ def render(data: ReportData) -> str:
         ),
         _section("Devices that did not go all the way", _stayed(data)),
         _section("Ledger", _ledger(data)),
+        _section("Parity: what both sides saw of the same messages", _parity(data.parity)),
         _section(
             "Audit log", _audit(data), f"{len(data.audit)} decisions, each with the figures that led to it."
         ),
@@ -293,6 +296,41 @@ def _ledger(data: ReportData) -> str:
     return f"{totals}<details><summary>{len(rows)} devices</summary>{detail}</details>"
 
 
+def _parity(found: ParityReport | None) -> str:
+    if found is None or not found.all:
+        return "<p>No device has sent to both sides: nothing was compared.</p>"
+    classes = ("matched", "only_old", "only_new", "differing", "ignored")
+    rows = [
+        f"<tr><td>{escape(c.channel)}</td><td class=n>{c.all:,}</td>"
+        + "".join(f"<td class=n>{getattr(c.account, name):,}</td>" for name in classes)
+        + "</tr>"
+        for c in found.channels
+    ]
+    heads = ("channel", "all", "matched", "only old", "only new", "differing", "differing by rule")
+    noise = (
+        f"of {found.noise_compared:,} messages that the old side was asked for twice, "
+        f"{found.noise_differing:,} differed from themselves"
+        if found.noise_compared
+        else "not measured"
+    )
+    sign = '<span class="bad">✗' if found.above_noise > 0 else "<span>✓"
+    text = (
+        f"<p>{sign} {found.above_noise * 100:.3g} % of the pairs differ above the old side's noise</span> "
+        f"({noise}).</p>{_table(heads, rows, figures_from=1)}"
+    )
+    if found.fields:
+        fields = [
+            f"<tr><td>{escape(f.channel)}</td><td><code>{escape(f.field)}</code></td>"
+            f"<td>{escape(f.likely)}</td><td>{escape(f.old)}</td><td>{escape(f.new)}</td>"
+            f"<td class=n>{f.differing:,}</td><td class=n>{f.allowed:,}</td>"
+            f"<td class=n>{f.above_noise * 100:.3g} %</td></tr>"
+            for f in found.fields
+        ]
+        heads = ("channel", "field", "likely", "old", "new", "differs", "by rule", "above noise")
+        text += _table(heads, fields, figures_from=5)
+    return text
+
+
 def _audit(data: ReportData) -> str:
     rows = []
     for line in data.audit:
@@ -348,6 +386,7 @@ async def read_report(engine: Pool, backend: Pool, name: str, figures: Sequence[
     async with backend.acquire() as conn:
         totals = await ledger.totals(conn, devices=devices)
         accounts = await ledger.by_device(conn, devices)
+        compared = await read_parity(conn, parse_plan(row["plan"]), name, devices)
     return ReportData(
         name=name,
         tenant=row["tenant"],
@@ -389,6 +428,7 @@ async def read_report(engine: Pool, backend: Pool, name: str, figures: Sequence[
             for m in members
         ],
         figures=figures,
+        parity=compared,
         rungs=tuple(rung.name for rung in ladder(parse_plan(row["plan"]))),
     )
 
