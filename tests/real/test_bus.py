@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import random
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 from nats.js.api import StreamConfig
@@ -11,6 +12,7 @@ from nats.js.api import StreamConfig
 from fleetlift.backend.context import Context
 from fleetlift.bus.connect import ensure_log
 from fleetlift.bus.log import LogMessage, read, stream_state
+from fleetlift.bus.publish import ToDevice
 from fleetlift.bus.subjects import STREAM
 from fleetlift.config import Settings
 from fleetlift.core.errors import BadInput, Conflict, FleetError, Unavailable
@@ -62,6 +64,34 @@ async def test_large_messages_come_whole_and_too_large_ones_are_refused(ctx: Con
         assert all(m.payload == body for m in batch)
         count += len(batch)
     assert count == 300
+
+
+async def test_many_messages_to_devices_keep_their_order_and_one_that_cannot_go_keeps_none_back(
+    ctx: Context,
+) -> None:
+    """More than leave together; what is only for who listens now is not in the log."""
+    live: list[bytes] = []
+
+    async def heard(message: Any) -> None:
+        live.append(message.data)
+
+    subscription = await ctx.nc.subscribe("cmd.>", cb=heard)
+    await ctx.nc.flush()
+    messages = [ToDevice(f"cmd/d{n % 3}", b"%d" % n, stored=n % 10 != 0) for n in range(1200)]
+    assert await ctx.publisher.to_devices(messages) == ""
+    assert await ctx.publisher.to_devices([]) == ""
+    assert "no/+" in await ctx.publisher.to_devices([ToDevice("no/+", b""), ToDevice("cmd/last", b"last")])
+    large = ToDevice("cmd/large", bytes(2 * 1024 * 1024))
+    assert "too many" in await ctx.publisher.to_devices([large, ToDevice("cmd/last", b"end", stored=False)])
+    expected = [b"%d" % n for n in range(1200) if n % 10] + [b"last"]
+    stored: list[bytes] = []
+    async for batch in read(ctx.settings, after=None, filters=("cmd.>",), name="t", until_end=True):
+        stored += [message.payload for message in batch]
+        assert all(message.headers["Nmqtt-Pub"] == "1" for message in batch)
+    assert stored == expected
+    await until(lambda: len(live) >= 1202)
+    assert live == [b"%d" % n for n in range(1200)] + [b"last", b"end"]
+    await subscription.unsubscribe()
 
 
 async def test_killed_anywhere_a_reader_stores_each_message_once(ctx: Context) -> None:

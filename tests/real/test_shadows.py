@@ -254,6 +254,49 @@ async def test_one_request_that_cannot_be_stored_is_set_aside_and_the_others_are
         assert await conn.fetchval("SELECT topic FROM dead_letter") == "$aws/things/bad/shadow/update"
 
 
+async def test_one_batch_answers_each_request_as_if_it_had_come_alone(
+    ctx: Context, settings: Settings
+) -> None:
+    """The same shadow several times, conflicts and bad requests among good ones, of two devices at once."""
+    async with device(settings, "lamp") as lamp, device(settings, "car-1") as car:
+        for one, name in ((lamp, "lamp"), (car, "car-1")):
+            await one.subscribe(f"$aws/things/{name}/shadow/update/+", qos=0)
+        requests: list[object] = [
+            {"state": {"reported": {"n": 1}}, "clientToken": "first"},
+            {"state": {"desired": {"n": 2}}, "version": 1, "clientToken": "second"},
+            {"state": {"reported": {"n": 9}}, "version": 1, "clientToken": "stale"},
+            b"no JSON",
+            {"state": {"reported": 3}, "clientToken": "bad"},
+            {"state": {"reported": {"n": 2}}, "version": 2, "clientToken": "third"},
+            {"state": None, "clientToken": "clear"},
+            {"state": {"reported": {"m": 1}}, "version": 4, "clientToken": "last"},
+        ]
+        for request in requests:  # both wait in the log before anybody works them off
+            for one, name in ((lamp, "lamp"), (car, "car-1")):
+                await one.publish(f"$aws/things/{name}/shadow/update", request)
+        async with serving(ctx, shadows.run):
+            for one in (lamp, car):
+                await one.receive("update/documents", count=5)
+                said = [
+                    (body["clientToken"], body["version"])
+                    for topic, body in one.received
+                    if topic.endswith("update/accepted")
+                ]
+                assert said == [("first", 1), ("second", 2), ("third", 3), ("clear", 4), ("last", 5)]
+                refused = [(body["code"], body.get("clientToken")) for body in one.bodies("update/rejected")]
+                assert refused == [(409, "stale"), (400, None), (400, "bad")]
+                (delta,) = one.bodies("update/delta")
+                assert (delta["clientToken"], delta["state"], delta["version"]) == ("second", {"n": 2}, 2)
+                documents = one.bodies("update/documents")
+                assert "previous" not in documents[0]
+                assert [d["current"]["version"] for d in documents] == [1, 2, 3, 4, 5]
+                assert [d["previous"]["version"] for d in documents[1:]] == [1, 2, 3, 4]
+                assert documents[1]["current"]["state"] == {"desired": {"n": 2}, "reported": {"n": 1}}
+                assert documents[4]["current"]["state"] == {"reported": {"m": 1}}
+    held = await shadows.get_shadow(ctx, "lamp")
+    assert (held.version, held.state) == (5, {"reported": {"m": 1}})
+
+
 async def test_the_service_ends_when_told_to_stop(ctx: Context) -> None:
     task = asyncio.create_task(shadows.run(ctx))
     await asyncio.sleep(0.2)

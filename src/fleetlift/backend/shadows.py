@@ -5,7 +5,6 @@ Answers are published once that is committed, so a device that is told "accepted
 process dies between the two, those answers are lost: a device asks again after its time-out, as with AWS.
 """
 
-import asyncio
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
@@ -15,8 +14,7 @@ from nats.aio.client import Client
 
 from fleetlift.backend.context import Context
 from fleetlift.backend.follow import Message, Then, follow, until_stopped
-from fleetlift.bus.publish import Publisher
-from fleetlift.bus.subjects import to_subject
+from fleetlift.bus.publish import Publisher, ToDevice
 from fleetlift.config import Settings
 from fleetlift.core import shadow as rules
 from fleetlift.core.errors import BadInput, Conflict, FleetError, NotFound
@@ -254,21 +252,27 @@ async def _set_desired(
 
 async def _publish(ctx: Services, told: Sequence[_Told]) -> None:
     """Send answers, each device's in order. What cannot be sent is logged: its effect is stored already."""
-    waiting = []
-    for one in told:
-        named = f"/name/{one.key.name}" if one.key.name else ""
-        topic = f"$aws/things/{one.key.device}/shadow{named}/{one.answer.suffix}"
-        payload = msgspec.json.encode(one.answer.body)
-        if one.answer.suffix is Suffix.DOCUMENTS:
-            # Large, and for listeners in the cloud rather than devices: live only, not kept in the log.
-            if len(payload) <= ctx.nc.max_payload:
-                await ctx.nc.publish(to_subject(topic), payload)
-            continue
-        waiting.append(ctx.publisher.to_device(topic, payload))
-    lost = [problem for problem in await asyncio.gather(*waiting, return_exceptions=True) if problem]
-    failures = [problem for problem in lost if isinstance(problem, BaseException)]
-    if failures:
-        log.warning("shadow_answers_lost", count=len(failures), reason=str(failures[0]))
+    # Documents are large, and for listeners in the cloud rather than devices: live only, not kept in the log.
+    lost = await ctx.publisher.to_devices(
+        [
+            ToDevice(
+                f"{_base(one.key)}/{one.answer.suffix.value}",
+                _encode(one.answer.body),
+                stored=one.answer.suffix is not Suffix.DOCUMENTS,
+            )
+            for one in told
+        ]
+    )
+    if lost:
+        log.warning("shadow_answers_lost", reason=lost)
+
+
+_encode = msgspec.json.Encoder().encode
+
+
+def _base(key: ShadowKey) -> str:
+    named = f"/name/{key.name}" if key.name else ""
+    return f"$aws/things/{key.device}/shadow{named}"
 
 
 def _body(outcome: Outcome) -> Document | Deleted:

@@ -38,7 +38,9 @@ async def lock(conn: Conn, keys: Collection[ShadowKey]) -> dict[ShadowKey, Shado
     columns = _columns_of(ordered)
     await conn.execute(
         f"""INSERT INTO shadow (device, name, version, deleted_at)
-            SELECT k.device, k.name, 0, 'epoch' FROM {_KEYS} ON CONFLICT DO NOTHING""",
+            SELECT k.device, k.name, 0, 'epoch' FROM {_KEYS}
+            WHERE NOT EXISTS (SELECT FROM shadow s WHERE s.device = k.device AND s.name = k.name)
+            ON CONFLICT DO NOTHING""",
         *columns,
     )
     found = await conn.fetch(
