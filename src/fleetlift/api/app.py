@@ -8,8 +8,10 @@ from typing import Any
 
 import uvicorn
 from litestar import Litestar, Response, Router
-from litestar.datastructures import State
+from litestar.datastructures import MutableScopeHeaders, State
 from litestar.middleware import DefineMiddleware
+from litestar.routes import HTTPRoute
+from litestar.types import Message, Scope
 
 from fleetlift.api import (
     access,
@@ -44,6 +46,14 @@ def plain_headers(response: Response[Any]) -> Response[Any]:
     return response
 
 
+async def whole_allow(message: Message, scope: Scope) -> None:
+    """Litestar's own answer to OPTIONS names the methods of one handler only, where a path has several."""
+    if message["type"] == "http.response.start" and scope.get("method") == "OPTIONS":
+        for route in scope["litestar_app"].routes:
+            if route.path_format == scope.get("path_template") and isinstance(route, HTTPRoute):
+                MutableScopeHeaders.from_message(message)["allow"] = ", ".join(sorted(route.methods))
+
+
 def make_app(found: Services) -> Litestar:
     """The application over `found`; everything but health needs a token."""
     api = Router(
@@ -69,6 +79,7 @@ def make_app(found: Services) -> Litestar:
         guards=[require_role],
         exception_handlers={Exception: problems.answer},
         after_request=plain_headers,
+        before_send=[whole_allow],
         request_max_body_size=BODY_BYTES_MAX,
         openapi_config=openapi.CONFIG,
         debug=False,

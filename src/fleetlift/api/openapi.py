@@ -12,6 +12,7 @@ from fleetlift import __version__
 from fleetlift.api.auth import VIEWER
 from fleetlift.api.problems import MEDIA_TYPE, TYPE_PREFIX
 from fleetlift.api.wire import Call
+from fleetlift.core.identity import DEVICE_ID, TENANT_ID
 
 DESCRIPTION = """A device backend, and the engine that moves a live fleet onto it.
 
@@ -91,14 +92,27 @@ def describe(app: Litestar) -> dict[str, Any]:
         "description": "What went wrong, and what to do.",
         "content": {MEDIA_TYPE: {"schema": {"$ref": "#/components/schemas/Problem"}}},
     }
+    for name, schema in document["components"]["schemas"].items():
+        if name.endswith("In"):
+            schema["additionalProperties"] = (
+                False  # what is not known is refused, so that no typo goes unseen
+            )
+    document["components"]["schemas"]["TenantIn"]["properties"]["id"]["pattern"] = f"^{TENANT_ID.pattern}$"
     for path, operations in document["paths"].items():
         for method, operation in operations.items():
+            for parameter in operation.get("parameters", ()):
+                if parameter["in"] == "path" and parameter["name"] == "device":
+                    parameter["schema"]["pattern"] = f"^{DEVICE_ID.pattern}$"
             responses = operation["responses"]
             for status in [s for s in responses if s.startswith("4")]:
                 del responses[status]
             responses["default"] = error
             if path in ("/healthz", "/readyz"):
                 operation["security"] = []
+            if path == "/metrics":
+                responses["200"]["content"] = {"text/plain": {"schema": {"type": "string"}}}
+            if path.endswith("/events"):
+                responses["200"]["content"]["text/event-stream"] = {"schema": {"type": "string"}}
             if path.endswith("/shadow") and method == "patch":
                 operation["requestBody"] = {
                     "required": True,
