@@ -326,8 +326,8 @@ def _parity(found: ParityReport | None) -> str:
             f"<td class=n>{f.above_noise * 100:.3g} %</td></tr>"
             for f in found.fields
         ]
-        heads = ("channel", "field", "likely", "old", "new", "differs", "by rule", "above noise")
-        text += _table(heads, fields, figures_from=5)
+        columns = ("channel", "field", "likely", "old", "new", "differs", "by rule", "above noise")
+        text += _table(columns, fields, figures_from=5)
     return text
 
 
