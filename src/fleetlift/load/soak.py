@@ -176,7 +176,7 @@ class Soak:
             await asyncio.sleep(self._chance.uniform(*self.options.pause_s))
             if self.options.strikes:
                 if number == len(self.options.strikes):
-                    while not self.progress.migrations:
+                    while not self.progress.migrations:  # noqa: ASYNC110 - nothing else waits for it
                         await asyncio.sleep(POLL_S)
                     return
                 names: tuple[str, ...] = (self.options.strikes[number],)

@@ -197,7 +197,7 @@ class Controller:
         self._engine = engine
         self._switch = switch
         self._key = engine_key(ctx.settings.path)
-        self._bridges: dict[str, tuple[Bridge, asyncio.Task[None]]] = {}
+        self._bridges: dict[str, tuple[Bridge, asyncio.Task[None] | None]] = {}
         self._running: dict[str, tuple[Bridge, Runner, asyncio.Task[None]]] = {}
         self._rules: dict[str, tuple[Rule, ...]] = {}  # of parity, as the telemetry reader was told
         self._wake: dict[str, asyncio.Event] = {}
@@ -210,8 +210,6 @@ class Controller:
             while not lock.is_closed():
                 async with self._engine.acquire() as conn:
                     wanted = await store.unreleased(conn)
-                for name in [n for n in self._running if n not in wanted]:
-                    await self._stop(name)
                 for name in wanted:
                     if name not in self._running:
                         try:
@@ -222,14 +220,16 @@ class Controller:
                             if name not in broken:
                                 log.error("migration_not_taken_up", migration=name, reason=str(error))
                                 broken.add(name)
+                for name in [n for n in self._running if n not in wanted]:
+                    await self._stop(name)
                 await self._tell_rules()
-                await self._prune_bridges()
+                await self._tend_bridges()
                 await asyncio.sleep(ROUND_EVERY_S)
             log.warning("controller_lost_lock")
         finally:
             for name in list(self._running):
                 await self._stop(name)
-            await self._prune_bridges()
+            await self._tend_bridges()
 
     def _asked(self, conn: Any, pid: int, channel: str, payload: object) -> None:
         if (event := self._wake.get(str(payload))) is not None:
@@ -250,8 +250,7 @@ class Controller:
                 begin_at="now" if plan.old.options.get("feed_from") == "now" else "",
                 noise=NoiseReader(side, self._ctx.publisher.to_log),
             )
-            task = asyncio.create_task(bridge.run(), name=f"bridge {key}")
-            self._bridges[key] = (bridge, task)
+            self._bridges[key] = (bridge, None)
         bridge = self._bridges[key][0]
         bridge.migrations[name] = plan.fleet.tenant
         wake = self._wake.setdefault(name, asyncio.Event())
@@ -315,12 +314,17 @@ class Controller:
         await asyncio.gather(task, return_exceptions=True)
         bridge.migrations.pop(name, None)
 
-    async def _prune_bridges(self) -> None:
+    async def _tend_bridges(self) -> None:
+        """Begin those that are new, once every migration is known that they are for: what a bridge reads of a
+        tenant that it does not know is refused. End those that no migration needs any more."""
         for key, (bridge, task) in list(self._bridges.items()):
             if not bridge.migrations:
-                task.cancel()
-                await asyncio.gather(task, return_exceptions=True)
+                if task is not None:
+                    task.cancel()
+                    await asyncio.gather(task, return_exceptions=True)
                 await bridge.close()
                 del self._bridges[key]
+            elif task is None:
+                self._bridges[key] = (bridge, asyncio.create_task(bridge.run(), name=f"bridge {key}"))
             elif task.done():
                 task.result()
