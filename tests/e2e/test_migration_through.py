@@ -2,9 +2,11 @@
 
 from pathlib import Path
 
+import httpx
 import pytest
-from small_world import small_world
+from small_world import World, small_world
 
+from fleetlift.migrate.certificate import public_text, signing_key, verify_certificate
 from fleetlift.testing import scratch_directory
 
 
@@ -25,6 +27,7 @@ async def test_a_fleet_moves_with_nothing_lost_and_nothing_done_twice() -> None:
             assert kinds.count("wave_passed") >= 6
             assert kinds[-1] == "migration_finished"
             await world.nothing_lost_nothing_twice()
+            await _certified(world)
 
 
 @pytest.mark.timeout(150)
@@ -40,3 +43,17 @@ async def test_devices_move_over_tls_by_the_authority_that_their_orders_name() -
             assert all(o and o.new and o.new.tls and "CERTIFICATE" in (o.new.ca_pem or "") for o in told)
             assert world.fleet.status().connected_new == 3
             await world.nothing_lost_nothing_twice()
+
+
+async def _certified(world: World) -> None:
+    """The certificate shows all of it to whoever has the file alone; a changed figure in it is found."""
+    async with httpx.AsyncClient(headers={"authorization": f"Bearer {world.backend.token}"}) as client:
+        url = f"{world.backend.url}/api/v1/migrations/small/certificate"
+        data = (await client.get(url, timeout=20)).content
+    key = public_text(signing_key(world.backend.data_dir))
+    found = verify_certificate(data, trusted_key=key)
+    assert found.ok, [check for check in found.checks if not check.ok]
+    assert (found.phase, found.members, found.executed_twice) == ("finished", {"moved": 6}, 0)
+    assert (found.missing, found.issuer_checked) == (0, True)
+    assert found.stored > 0 and found.commands > 0
+    assert not verify_certificate(data.replace(b'"told":2', b'"told":3', 1), trusted_key=key).ok

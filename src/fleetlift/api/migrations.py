@@ -25,11 +25,12 @@ from fleetlift.api.wire import (
     services,
     stamp,
 )
+from fleetlift.core.certificate import Certificate
 from fleetlift.core.errors import BadInput, Conflict, Forbidden, NotFound, Unavailable
 from fleetlift.core.migration import Member, MemberState, RequestKind
 from fleetlift.core.plan import check_amendment
 from fleetlift.core.status import to_document
-from fleetlift.migrate import check, controller, report, status
+from fleetlift.migrate import certificate, check, controller, report, status
 from fleetlift.migrate.check import PlanCheck
 from fleetlift.migrate.parity import ParityReport, read_parity
 from fleetlift.migrate.planfile import parse_plan
@@ -360,6 +361,24 @@ async def show_parity(request: Call, name: FromPath[str]) -> ParityReport:
         return await read_parity(conn, parse_plan(stored.plan), name, [m.device for m in members])
 
 
+@get("/{name:str}/certificate", opt=VIEWER, summary="The certificate: evidence of every decision, signed")
+async def show_certificate(
+    request: Call,
+    name: FromPath[str],
+    so_far: Annotated[
+        bool, QueryParameter(description="Also while the migration is not over; it says so then.")
+    ] = False,
+) -> Response[Certificate]:
+    """One JSON file, to be kept byte for byte: `fleetlift certificate verify` checks it without a server."""
+    found = services(request)
+    async with found.engine.acquire() as conn:
+        await visible(conn, request, name)
+    data = await certificate.issue(
+        found.engine, found.pool, name, data_dir=found.ctx.settings.path, now=time.time(), so_far=so_far
+    )
+    return cast("Response[Certificate]", Response(data, media_type=MediaType.JSON))
+
+
 @get("/{name:str}/devices", opt=VIEWER, summary="The devices of a migration")
 async def list_members(
     request: Call,
@@ -463,6 +482,7 @@ router = Router(
         amend,
         show_plan,
         show_report,
+        show_certificate,
         show_parity,
         list_members,
         list_events,

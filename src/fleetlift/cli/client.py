@@ -130,8 +130,8 @@ class Api:
     def post(self, path: str, body: Any = None) -> Any:
         return self.request("POST", path, body=body)
 
-    def text(self, path: str) -> str:
-        return self._send("GET", "/api/v1" + path, None, None).text
+    def text(self, path: str, **params: Any) -> str:
+        return self._send("GET", "/api/v1" + path, params, None).text
 
     def items(self, path: str, limit: int, **params: Any) -> tuple[list[dict[str, Any]], bool]:
         """Up to `limit` items of a list, page by page, and whether there are more."""

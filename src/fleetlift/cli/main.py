@@ -42,7 +42,12 @@ AREAS: dict[str, Area] = {
     "tenant": Area("Tenants, the customers of a platform: create, list.", (CLI + "tenants:app",), RUN),
     "migrate": Area(
         "Move a live fleet: check, start, watch, approve, pause, revert, report.",
-        (CLI + "migrate:app",),
+        (CLI + "migrate:app", CLI + "certificate:of_migration"),
+        MOVE,
+    ),
+    "certificate": Area(
+        "Certificates of migrations: verify one, show the key that this instance signs with.",
+        (CLI + "certificate:app",),
         MOVE,
     ),
     "device": Area(

@@ -69,6 +69,8 @@ class _Share(msgspec.Struct, frozen=True, kw_only=True):
 
 
 _OPEN: Final = (Stage.MOVING, Stage.BAKING, Stage.WAITING)
+# A wave whose devices were all taken out while they moved is opened again, or skipped when that adds none.
+_NEXT: Final = (Stage.NONE, Stage.MOVING)
 _ENDED: Final = (Phase.FINISHED, Phase.REVERTED)
 
 
@@ -196,8 +198,7 @@ class Retrace:
         return found
 
     def _opened(self) -> None:
-        # A wave whose devices were all taken out while they moved is opened again with others.
-        self._expect(phase=[Phase.RUNNING], stage=[Stage.NONE, Stage.MOVING])
+        self._expect(phase=[Phase.RUNNING], stage=_NEXT)
         if (found := self._share()) is not None:
             if found.told < 1 or found.raised < found.told or found.raised > found.limit:
                 self._wrong(
@@ -210,7 +211,7 @@ class Retrace:
         self.stage, self._approved = Stage.MOVING, False
 
     def _skipped(self) -> None:
-        self._expect(phase=[Phase.RUNNING], stage=[Stage.NONE])
+        self._expect(phase=[Phase.RUNNING], stage=_NEXT)
         if (found := self._share()) is not None and found.raised < found.limit:
             self._wrong(About.SHARES, f"{found.raised} devices on the rung are fewer than {found.limit}")
         self._next()
