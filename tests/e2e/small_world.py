@@ -32,6 +32,7 @@ settle: 10s
 grace: 500ms
 silent_after: 5s
 commands_timeout: 3s
+confidence: none
 steps:
   - move: telemetry
     stages: [both, new]

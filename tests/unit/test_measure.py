@@ -2,8 +2,8 @@
 
 import pytest
 
+from fleetlift.migrate.completeness import Tops
 from fleetlift.migrate.free_queries import number, read_prometheus
-from fleetlift.migrate.measure import Tops
 
 
 def test_a_message_still_on_its_way_is_not_expected_yet() -> None:

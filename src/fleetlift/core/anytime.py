@@ -33,90 +33,88 @@ from collections.abc import Callable
 from typing import Final
 
 _STEPS: Final = tuple(0.005 * 1.26**k for k in range(31))  # 0.005 … 5: log odds between claim and alternative
+_UP: Final = tuple((step, math.expm1(step)) for step in _STEPS)
+_DOWN: Final = tuple((step, math.expm1(-step)) for step in _STEPS)
 _EXTREME: Final = 0.2  # the weight of "nothing ever goes wrong", which is what one hopes for
-_WEIGHT: Final = (1 - _EXTREME) / len(_STEPS)
-_LOG_WEIGHT: Final = math.log(_WEIGHT)
+_LOG_EXTREME: Final = math.log(_EXTREME)
+_LOG_WEIGHT: Final = math.log((1 - _EXTREME) / len(_STEPS))
 _LOG_EACH: Final = math.log(1 / len(_STEPS))
-_HALVINGS: Final = 40
+_SCALES: Final = (1.0, 4.0, 16.0)
+_TRIES: Final = 60
+_TINY: Final = 1e-12
 
 
 def share_at_most(n: float, x: float, p0: float, alpha: float) -> bool:
     """Whether `x` of `n` show that the mean rate was not above `p0`."""
-    if n <= 0 or p0 <= 0:
-        return False
-    if p0 >= 1:
-        return True
-    if x / n >= p0:
-        return False
-    logs = [math.log(_EXTREME) - n * math.log1p(-p0)] if x == 0 else []
-    logs += [_LOG_WEIGHT + _share_ratio(n, x, p0, -step) for step in _STEPS]
-    return _log_sum(logs) >= -math.log(alpha)
+    if n <= 0 or p0 <= 0 or x / n >= p0:
+        return p0 >= 1
+    return p0 >= 1 or _less(n, x, p0) >= -math.log(alpha)
 
 
 def share_above(n: float, x: float, p0: float, alpha: float) -> bool:
     """Whether `x` of `n` show that the mean rate was above `p0`."""
     if n <= 0 or p0 >= 1 or x / n <= p0:
         return False
-    if p0 <= 0:
-        return x > 0  # what never happens has not happened
-    return _log_sum([_LOG_EACH + _share_ratio(n, x, p0, step) for step in _STEPS]) >= -math.log(alpha)
-
-
-def _share_ratio(n: float, x: float, p0: float, step: float) -> float:
-    """The log likelihood of odds times e**step over that of p0."""
-    return x * step - n * math.log1p(p0 * math.expm1(step))
-
-
-def rate_at_most(hours: float, x: float, rate: float, alpha: float) -> bool:
-    """Whether `x` events in `hours` show that the mean rate was not above `rate`."""
-    if hours <= 0 or rate <= 0 or x / hours >= rate:
-        return False
-    logs = [math.log(_EXTREME) + hours * rate] if x == 0 else []
-    logs += [_LOG_WEIGHT - x * step - hours * rate * math.expm1(-step) for step in _STEPS]
-    return _log_sum(logs) >= -math.log(alpha)
-
-
-def rate_above(hours: float, x: float, rate: float, alpha: float) -> bool:
-    """Whether `x` events in `hours` show that the mean rate was above `rate`."""
-    if hours <= 0 or x / hours <= rate:
-        return False
-    if rate <= 0:
-        return x > 0
-    logs = [_LOG_EACH + x * step - hours * rate * math.expm1(step) for step in _STEPS]
-    return _log_sum(logs) >= -math.log(alpha)
+    return p0 <= 0 or _more(n, x, p0) >= -math.log(alpha)  # what never happens has not happened
 
 
 def share_bounds(n: float, x: float, alpha: float) -> tuple[float, float]:
     """(lower, upper) of the mean rate; each is wrong ever with probability `alpha`."""
     if n <= 0:
         return 0.0, 1.0
-    seen = x / n
-    low = _edge(lambda p: not share_above(n, x, p, alpha), 0.0, seen) if x > 0 else 0.0
-    return low, _edge(lambda p: share_at_most(n, x, p, alpha), seen, 1.0)
+    seen, enough = x / n, -math.log(alpha)
+    low = _edge(lambda p: _more(n, x, p) - enough, seen, _TINY) if x > 0 else 0.0
+    return low, _edge(lambda p: _less(n, x, p) - enough, seen, 1 - _TINY) if x < n else 1.0
 
 
 def rate_bounds(hours: float, x: float, alpha: float) -> tuple[float, float]:
     """(lower, upper) of events an hour; the upper one is infinite before anything was measured."""
     if hours <= 0:
         return 0.0, math.inf
-    seen = x / hours
+    seen, enough = x / hours, -math.log(alpha)
     most = seen + 1 / hours
-    while not rate_at_most(hours, x, most, alpha):
+    while _rarer(hours, x, most) < enough:
         most *= 2
-    low = _edge(lambda r: not rate_above(hours, x, r, alpha), 0.0, seen) if x > 0 else 0.0
-    return low, _edge(lambda r: rate_at_most(hours, x, r, alpha), seen, most)
+    low = _edge(lambda r: _oftener(hours, x, r) - enough, seen, seen * _TINY) if x > 0 else 0.0
+    return low, _edge(lambda r: _rarer(hours, x, r) - enough, seen, most)
+
+
+# Logarithms of the mixtures of likelihood ratios: how much less (more) often things went wrong than at p0.
+
+
+def _less(n: float, x: float, p0: float) -> float:
+    logs = [_LOG_WEIGHT - x * step - n * math.log1p(p0 * fall) for step, fall in _DOWN]
+    return _log_sum([*logs, _LOG_EXTREME - n * math.log1p(-p0)] if x == 0 else logs)
+
+
+def _more(n: float, x: float, p0: float) -> float:
+    return _log_sum([_LOG_EACH + x * step - n * math.log1p(p0 * rise) for step, rise in _UP])
+
+
+def _rarer(hours: float, x: float, rate: float) -> float:
+    logs = [_LOG_WEIGHT - x * step - hours * rate * fall for step, fall in _DOWN]
+    return _log_sum([*logs, _LOG_EXTREME + hours * rate] if x == 0 else logs)
+
+
+def _oftener(hours: float, x: float, rate: float) -> float:
+    return _log_sum([_LOG_EACH + x * step - hours * rate * rise for step, rise in _UP])
 
 
 def margin_of_error(variance: float, scale: float, freedom: float, alpha: float) -> float:
     """How far an estimate with this variance is off at most, to one side, at any time.
 
-    `scale` is the difference that matters: the bound is tightest when the error has come near to it.
-    `freedom` is the number of independent units behind the variance, less one.
+    `scale` is the difference that matters: the bound is tightest when the error has come near to it, or,
+    since few devices may never bring it there, to some multiples of it. `freedom` is the number of
+    independent units behind the variance, less one.
     """
     if variance <= 0:
         return 0.0
     if freedom <= 0:
         return math.inf
+    return min(_mixture(variance, scale * times, freedom, alpha / len(_SCALES)) for times in _SCALES)
+
+
+def _mixture(variance: float, scale: float, freedom: float, alpha: float) -> float:
     ratio = variance / (scale * scale)  # one over information, in units of what is needed
     z = math.sqrt((1 + ratio) * 2 * math.log1p(math.sqrt(1 + 1 / ratio) / (2 * alpha)))
     return _as_student(z, freedom) * math.sqrt(variance)
@@ -128,17 +126,27 @@ def _as_student(z: float, freedom: float) -> float:
     return math.sqrt(freedom * math.expm1(exponent)) if exponent < 700 else math.inf
 
 
-def _edge(holds: Callable[[float], bool], low: float, high: float) -> float:
-    """The least value in [low, high] from which on `holds`, to one part in 10**12."""
-    for _ in range(_HALVINGS):
-        middle = (low + high) / 2
-        if holds(middle):
-            high = middle
+def _edge(excess: Callable[[float], float], inner: float, outer: float) -> float:
+    """Where `excess`, which is negative at `inner` and grows outwards, reaches nought: the outer side of it.
+
+    By false position, with the weight of an end that stays halved each time (the Illinois rule).
+    """
+    at_inner, at_outer = excess(inner), excess(outer)
+    if at_outer < 0 or at_inner >= 0:
+        return outer
+    within = abs(outer - inner) * 1e-9
+    for _ in range(_TRIES):
+        middle = (inner * at_outer - outer * at_inner) / (at_outer - at_inner)
+        found = excess(middle)
+        if found >= 0:
+            outer, at_outer, at_inner = middle, found, at_inner / 2
         else:
-            low = middle
-    return high
+            inner, at_inner, at_outer = middle, found, at_outer / 2
+        if abs(outer - inner) <= max(within, 1e-7 * abs(outer)):
+            break
+    return outer
 
 
 def _log_sum(logs: list[float]) -> float:
     top = max(logs)
-    return top + math.log(math.fsum(math.exp(one - top) for one in logs))
+    return top + math.log(sum([math.exp(one - top) for one in logs]))

@@ -447,7 +447,8 @@ class _Deciding(Round):
             return False
         index, wave = self.state.rung, self.state.wave
         shares = (self.rung.waves[wave], *(rung.waves[-1] for rung in self.rungs[1:index]))
-        limit = approved(shares, len(here))
+        last = wave + 1 == len(self.rung.waves)
+        limit = approved(shares, len(here), control=self.plan.fleet.control, last=last)
         raised = sum(m.rung >= index for m in able)
         picked = chosen(((m.rank, m.device) for m in here if m.rung < index), raised, limit)
         if not picked:

@@ -180,11 +180,14 @@ class Gate(msgspec.Struct, frozen=True, kw_only=True):
         )
 
     @property
+    def sampled(self) -> bool:
+        metric = METRICS.get(self.metric)
+        return metric is not None and metric.sampled
+
+    @property
     def bounded(self) -> bool:
         """True when a verdict takes bounds, and not the figure alone."""
-        metric = METRICS.get(self.metric)
-        sampled = metric is not None and metric.sampled
-        return sampled and self.confidence is not None and not self.zero_tolerance
+        return self.sampled and self.confidence is not None and not self.zero_tolerance
 
 
 EXPECTED: Final = (
@@ -374,15 +377,7 @@ def _resolved(gate: Gate, sample: Sample) -> tuple[float | None, bool]:
 def _judge_bounds(gate: Gate, sample: Sample, limit: float, comparable: bool) -> GateResult:
     """Advance or revert when the bounds are sure of it; else hold, and say what is still needed."""
     assert gate.confidence is not None and sample.value is not None
-    metric = METRICS[gate.metric]
-    asked = Limit(
-        figure=metric.figure,
-        higher=metric.better is Better.HIGHER,
-        absolute=gate.limit,
-        ratio=gate.ratio if comparable else None,
-        margin=gate.margin,
-        quantile=_quantile(gate.metric),
-    )
+    metric, asked = METRICS[gate.metric], limit_of(gate, comparable=comparable)
     if not measured(asked, sample) or (asked.ratio is not None and not compared(asked, sample)):
         return _missing(gate, sample, "the measurement has no sums that a bound can be computed from")
     found = assess(asked, sample, gate.confidence)
@@ -452,6 +447,19 @@ def _holds(op: Op, value: float, limit: float) -> bool:
 
 
 _FAILS: Final = {Op.LE: ">", Op.GE: "<", Op.LT: ">=", Op.GT: "<=", Op.EQ: "!="}
+
+
+def limit_of(gate: Gate, *, comparable: bool = True) -> Limit:
+    """What bounds are asked of a metric's gate; without `comparable` only its absolute limit counts."""
+    metric = METRICS[gate.metric]
+    return Limit(
+        figure=metric.figure,
+        higher=metric.better is Better.HIGHER,
+        absolute=gate.limit,
+        ratio=gate.ratio if comparable else None,
+        margin=gate.margin,
+        quantile=_quantile(gate.metric),
+    )
 
 
 def _quantile(metric: str) -> float:

@@ -3,6 +3,9 @@
 The order is set when a device is first seen and kept for good: named canaries first, then by a hash of
 migration and device, so that a small wave is an even sample and not the oldest devices. Devices that join
 later go to the end. So no device leaves a wave because percentages or the fleet have changed.
+
+A plan may keep a control: the last devices of the order, equally chosen, are left for the last wave of each
+rung.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -28,12 +31,14 @@ def newcomers(
     return {device: start + place for place, device in enumerate(fresh)}
 
 
-def approved(shares: Sequence[Share], total: int) -> int:
+def approved(shares: Sequence[Share], total: int, *, control: Share | None = None, last: bool = True) -> int:
     """How many of `total` devices may stand on a rung when its wave opens.
 
     `shares` are the wave's own and the last of each lower rung: no step goes further than those before it.
+    Only the `last` wave of a rung takes the control as well.
     """
-    return min(share.of(total) for share in shares)
+    most = min(share.of(total) for share in shares)
+    return most if last or control is None else min(most, total - control.of(total))
 
 
 def chosen(candidates: Iterable[tuple[int, str]], raised: int, limit: int) -> tuple[str, ...]:

@@ -23,6 +23,7 @@ from fleetlift.levers.flag import newest
 from fleetlift.log import get_logger
 from fleetlift.migrate.noise import NoiseReader
 from fleetlift.migrate.ports import GONE, FeedStore
+from fleetlift.migrate.reconnects import OldConnects
 from fleetlift.sides.base import (
     CommandAnswered,
     FeedItem,
@@ -92,6 +93,7 @@ class Bridge:
         self.key = key
         self.counts = FeedCounts()
         self.migrations: dict[str, str] = {}  # those that this side is the old one of, with their tenants
+        self.connects = OldConnects(now())
         self.snapshots = 0  # grows whenever the inventory was read anew
         self.why_down = "not connected yet"
         self._store = store
@@ -197,6 +199,8 @@ class Bridge:
 
     def _note_presence(self, item: PresenceChanged) -> None:
         self.counts.presence += 1
+        if item.connected:
+            self.connects.add(item.device, item.at)
         known = (self._fleet or {}).get(item.device)
         if self._fleet is not None and (known is None or known.since is None or item.at >= known.since):
             known = known or FleetDevice(id=item.device)

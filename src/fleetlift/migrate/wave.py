@@ -1,6 +1,7 @@
 """What a measurement is of, the devices of the open wave, and how its findings are put."""
 
-from collections.abc import Sequence
+import heapq
+from collections.abc import Collection, Iterable, Sequence
 from datetime import UTC, datetime
 from typing import Any
 
@@ -11,6 +12,8 @@ from fleetlift.core.orders import Flags
 from fleetlift.core.plan import Rung
 
 EXAMPLES = 10  # named in one piece of evidence
+ARM_MOST = 2000  # devices of which times are compared: enough for any bound, and quick to read
+LEAST = 5  # devices of a control
 QUANTILES = {"p50": 0.5, "p95": 0.95, "p99": 0.99}
 
 
@@ -46,3 +49,30 @@ def moment(at: float) -> datetime:
 
 def summary(text: str, **more: Any) -> dict[str, Any]:
     return {"summary": text, **more}
+
+
+class Groups(msgspec.Struct, frozen=True, kw_only=True):
+    """Whom a comparison is between. `control` are equally chosen and stay behind; empty: nobody may stand for
+    the wave's devices, because canaries were named and not chosen, or nobody is left."""
+
+    moved: tuple[Member, ...]  # of a large wave an even sample
+    control: tuple[Member, ...]
+    others: tuple[Member, ...]  # still served by the old side, raised by earlier waves among them
+
+
+def groups(wave: Wave, state: MigrationState, canaries: Collection[str]) -> Groups:
+    """The open wave and those it can be compared with, `ARM_MOST` of each: the order is an even one."""
+    named = any(m.device in canaries for m in wave.moved)
+    staying = [m for m in state.members.values() if m.device not in canaries and _stays(m)]
+    behind = [] if named else [m for m in staying if m.rung < state.rung]
+    others = [] if named else [m for m in staying if m.wave != state.wave or m.rung != state.rung]
+    return Groups(moved=_even(wave.moved), control=_even(behind), others=_even(others))
+
+
+def _stays(member: Member) -> bool:
+    """Served as its rung says. Who is on the way, has failed or was sent back is no measure for others."""
+    return member.state in (MemberState.WAITING, MemberState.MOVED)
+
+
+def _even(members: Iterable[Member]) -> tuple[Member, ...]:
+    return tuple(heapq.nsmallest(ARM_MOST, members, key=lambda m: m.rank))

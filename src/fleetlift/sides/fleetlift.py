@@ -18,9 +18,9 @@ import asyncpg
 import msgspec
 from nats.errors import Error as NatsError
 
-from fleetlift.backend import commands, registry, shadows
+from fleetlift.backend import alive, commands, registry, shadows
 from fleetlift.backend.shadows import Services
-from fleetlift.bus.subjects import STREAM
+from fleetlift.bus.subjects import STORED, STREAM
 from fleetlift.config import own_key
 from fleetlift.core.command import Path as CommandPath
 from fleetlift.core.errors import BadInput, Unavailable
@@ -49,11 +49,27 @@ KEY_FILE = "engine.key"
 CHUNK = 1000  # devices a transaction
 PROBE_MARGIN_S = 10.0
 LOG_END_S = 2.0
+PRESENCE_ROLE = "state"
+_NOT_FOUND = 404
 _GONE = (OSError, TimeoutError, asyncpg.PostgresConnectionError, asyncpg.InterfaceError)
 
 
 class _StreamState(msgspec.Struct, frozen=True):
     last_seq: int
+
+
+class _Message(msgspec.Struct, frozen=True):
+    seq: int = 0
+
+
+class _Refusal(msgspec.Struct, frozen=True):
+    code: int = 0
+    description: str = ""
+
+
+class _Last(msgspec.Struct, frozen=True):
+    message: _Message = _Message()
+    error: _Refusal | None = None
 
 
 class _StreamInfo(msgspec.Struct, frozen=True):
@@ -385,6 +401,30 @@ class FleetliftSide:
         except (NatsError, OSError, TimeoutError, msgspec.MsgspecError) as error:
             raise Unavailable(f"NATS does not tell about the log ({type(error).__name__})") from error
         return info.created, info.state.last_seq
+
+    async def commands_end(self) -> tuple[datetime, int]:
+        """When the log was created, and the number of its last answer to a command; 0: there is none."""
+        created, _ = await self.log_end()
+        last = 0
+        for subject in commands.FILTERS:
+            asked = msgspec.json.encode({"last_by_subj": STORED + subject})
+            try:
+                answer = await self._services.nc.request(
+                    f"$JS.API.STREAM.MSG.GET.{STREAM}", asked, timeout=LOG_END_S
+                )
+                found = msgspec.json.decode(answer.data, type=_Last)
+            except (NatsError, OSError, TimeoutError, msgspec.MsgspecError) as error:
+                raise Unavailable(f"NATS does not tell about the log ({type(error).__name__})") from error
+            if found.error is not None and found.error.code != _NOT_FOUND:
+                raise Unavailable(f"NATS does not tell about the log ({found.error.description})")
+            last = max(last, found.message.seq)
+        return created, last
+
+    async def presence_lost(self) -> str:
+        """Why it is not known now who is connected, or ""."""
+        if await alive.missing(self._services.nc, [PRESENCE_ROLE]):
+            return f"the worker that keeps presence ({PRESENCE_ROLE}) does not answer"
+        return ""
 
     async def send_command(self, command: SideCommand) -> None:
         raise BadInput("commands to this side are created in its own store: use backend.commands.create")
