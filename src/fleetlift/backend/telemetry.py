@@ -360,17 +360,18 @@ class _Account:
 
     async def load(self, conn: Conn, rows: Sequence[Telemetry]) -> None:
         """Make sure that everything these rows are counted in is in memory."""
+        # Key by key: sets and views would walk through all that is kept, for every batch.
         channels = {(row.device, row.channel) for row in rows}
-        if unknown := channels - self._channels.keys():
+        if unknown := [key for key in channels if key not in self._channels]:
             for key in unknown:
                 self._channels[key] = {}
             for known in await ledger.load(conn, sorted(unknown)):
                 self._channels[known.device, known.channel][known.path] = known
                 self._ranges += known.ranges.range_count
-        for key in channels & self._channels.keys():
+        for key in channels:
             self._channels.move_to_end(key)
         windows = {_window(row) for row in rows}
-        if new := windows - self._windows.keys():
+        if new := [window for window in windows if window not in self._windows]:
             for window in new:
                 self._windows[window] = {}
             for window, counts in (await store.load_windows(conn, sorted(new))).items():
