@@ -50,7 +50,7 @@ class Trial(ingest.Trial, frozen=True, kw_only=True):
 
     @property
     def problem(self) -> str:
-        return f"{self.lost} messages were lost" if self.lost else super().problem
+        return f"{self.lost} messages were lost" if self.lost > 0 else super().problem
 
 
 def find_mosquitto() -> str:
@@ -192,21 +192,21 @@ async def run(bench: Bench) -> list[Measured]:
     directory.chmod(0o711)
     async with peer(directory) as (address, connection, pids):
         devices = [(f"bench-{n:04}", "") for n in range(ingest.CONNECTIONS)]
-        async with generator(address, devices) as source:
 
-            async def trial(rate: float, seconds: float) -> Trial:
-                nonlocal number
-                number += 1
-                job = Job(channel=f"trial{number}", rate=rate, seconds=seconds)
+        async def trial(rate: float, seconds: float) -> Trial:
+            nonlocal number
+            number += 1
+            job = Job(channel=f"trial{number}", rate=rate, seconds=seconds)
+            async with generator(address, devices) as source:
                 return await publish_and_count(bench, connection, source, job, pids)
 
-            theirs, proof, _ = await highest(
-                ingest.RATES,
-                BEGIN_AT,
-                trial,
-                short_s=bench.seconds(10.0, 5.0),
-                long_s=bench.seconds(ingest.SUSTAINED_S / 2),
-            )
+        theirs, proof, _ = await highest(
+            ingest.RATES,
+            BEGIN_AT,
+            trial,
+            short_s=bench.seconds(10.0, 5.0),
+            long_s=bench.seconds(ingest.SUSTAINED_S / 2),
+        )
     bench.profiles.append(proof.profile)
     invalid = proof.load.late or ingest.too_busy(proof.profile)
     if proof.problem:
