@@ -197,3 +197,29 @@ def test_where_it_was_served_before_is_tried_when_the_newest_order_leads_nowhere
     w.order(NEW, orders(3, ALL_NEW))
     w.probe(3)
     w.until(lambda: w.in_phase(DevicePhase.MOVED), 60)
+
+
+def test_a_full_disk_that_takes_orders_lets_them_be_reported() -> None:
+    """Telemetry waits for room; a move, a revert and a command need none."""
+    w = World()
+    w.run(1)
+    w.set_state(OLD, "silent")
+    w.fill_disk()
+    w.produce(3)
+    w.set_state(OLD, "ok")
+    w.order(OLD, orders(7, flags()))
+    w.command(OLD, "c1")
+    w.run(0.2)
+    tokens = [one for one in w.unstored if isinstance(one, int)]
+    assert not w.sides[OLD].reports and w.executed == []
+    for token in tokens[3:]:
+        for changes in w.unstored:
+            if not isinstance(changes, int) and not any(isinstance(c, m.EntryAdded) for c in changes):
+                w.disk.apply(changes)
+        w.feed(m.Stored(token, alone=True))
+    w.run(0.2)
+    assert w.sides[OLD].reports[-1].epoch == 7 and w.executed == ["c1"]
+    assert not w.sides[OLD].stored, "what is not on disk is not sent"
+    w.free_disk()
+    w.run(15)
+    assert w.drained() and not w.lost() and w.sides[OLD].final("c1") == [S.SUCCEEDED]

@@ -1,6 +1,8 @@
 """The device's disk and the recorded fleet."""
 
 import itertools
+import resource
+import signal
 import stat
 from collections import Counter
 from collections.abc import Callable
@@ -8,6 +10,7 @@ from pathlib import Path
 
 import msgspec
 import pytest
+from structlog.testing import capture_logs
 
 from fleetlift.core.errors import BadInput
 from fleetlift.core.orders import DevicePhase, Flags
@@ -165,3 +168,98 @@ def test_answers_are_written_as_the_command_topics_want_them(
 )
 def test_a_body_is_stamped_without_being_parsed(body: bytes, stamped: bytes) -> None:
     assert with_stamp(body, b'"ts":5') == stamped
+
+
+# --- a full disk -------------------------------------------------------------------------------------------
+
+
+def fill(journal: Journal) -> None:
+    """From now on the file may not grow: SQLite's own limit, and its own error."""
+    [pages] = journal._db.execute("PRAGMA page_count").fetchone()
+    journal._db.execute(f"PRAGMA max_page_count = {pages}")
+
+
+def free(journal: Journal) -> None:
+    journal._db.execute("PRAGMA max_page_count = 1000000")
+
+
+def entries(first: int, last: int) -> list[m.EntryAdded]:
+    return [m.EntryAdded(m.Entry("can", n, n, b'{"v":"%s"}' % (b"x" * 3000))) for n in range(first, last + 1)]
+
+
+def test_a_full_disk_keeps_what_needs_no_room_and_stores_the_rest_when_it_has_some(tmp_path: Path) -> None:
+    clock = Clock()
+    journal = Journal(tmp_path, schedule=clock)
+    told: list[str] = []
+    journal.write("d", [m.RecordChanged(m.Record(epoch=1)), *entries(1, 20)])
+    clock.run()
+    fill(journal)
+    journal.write("d", entries(21, 40), lambda: told.append("entries"))
+    journal.write(
+        "d",
+        [m.RecordChanged(m.Record(epoch=2))],
+        lambda: told.append("record"),
+        lambda: told.append("record alone"),
+    )
+    clock.run()
+    assert told == ["record alone"] and journal.load("d").record.epoch == 2
+    clock.run()
+    assert told == ["record alone"] and len(journal.load("d").outbox) == 20
+    free(journal)
+    clock.run()
+    assert told == ["record alone", "entries", "record"] and len(journal.load("d").outbox) == 40
+    journal.close()
+
+
+def test_entries_that_leave_make_room_for_those_that_come(tmp_path: Path) -> None:
+    """Nobody has to free a full disk: what a side acknowledges does."""
+    clock = Clock()
+    journal = Journal(tmp_path, schedule=clock)
+    journal.write("d", entries(1, 20))
+    clock.run()
+    fill(journal)
+    told: list[str] = []
+    journal.write("d", entries(21, 35), lambda: told.append("stored"))
+    clock.run()
+    assert told == []
+    journal.write("d", [m.EntryDropped("can", n) for n in range(1, 21)])
+    clock.run()
+    clock.run()
+    assert told == ["stored"] and [e.seq for e in journal.load("d").outbox] == list(range(21, 36))
+    assert journal.load("d").next_seq == {"can": 36}
+    journal.close()
+
+
+def test_an_entry_whose_first_commit_succeeded_unnoticed_is_stored_once(tmp_path: Path) -> None:
+    clock = Clock()
+    journal = Journal(tmp_path, schedule=clock)
+    journal.write("d", entries(1, 1))
+    clock.run()
+    journal.write("d", entries(1, 1))
+    clock.run()
+    assert len(journal.load("d").outbox) == 1
+    journal.close()
+
+
+def test_a_device_with_a_full_disk_starts(tmp_path: Path) -> None:
+    clock = Clock()
+    journal = Journal(tmp_path, schedule=clock)
+    journal.write("d", entries(1, 20))
+    journal.close()
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, limits[1]))  # no file may grow by a byte
+    before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    try:
+        found = Journal(tmp_path, schedule=clock)
+        assert len(found.load("d").outbox) == 20
+        found.write("d", entries(21, 21))
+        with capture_logs() as logged:
+            clock.run()
+        assert [line["event"] for line in logged] == ["device_disk_failed"]
+        assert len(found.load("d").outbox) == 20
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, before)
+    clock.run()
+    assert len(found.load("d").outbox) == 21
+    found.close()

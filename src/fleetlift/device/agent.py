@@ -306,6 +306,8 @@ class Agent:
             case TelemetryProduced():
                 self._produce(event.channel, event.body, now)
                 return self._out
+            case Stored() if event.alone:
+                self._on_stored_alone(event.token)
             case Stored():
                 if not (self._waiting or self._outcomes or self._report_token):
                     # Telemetry alone waited: what every measurement goes through takes the short way.
@@ -988,15 +990,34 @@ class Agent:
                 if not isinstance(action, AnswerCommand) or self._links[action.path].ready:
                     self._out.append(action)
         while self._outcomes and self._outcomes[0][0] <= self._stored:
-            done = self._commands[self._outcomes.popleft()[1]]
-            self._executing.discard(done.id)
-            if done.status is not None:
-                self._answer(self._links[done.path], done.id, done.status, done.detail)
+            self._tell_outcome(self._outcomes.popleft()[1])
         if self._report_token is not None and self._report_token <= self._stored:
-            self._report_token = None
-            for link in (self._old, self._new):
-                if link.ready:
-                    self._out.append(Report(link.path, self.report()))
+            self._tell_report()
+
+    def _tell_outcome(self, id_: str) -> None:
+        done = self._commands[id_]
+        self._executing.discard(id_)
+        if done.status is not None:
+            self._answer(self._links[done.path], id_, done.status, done.detail)
+
+    def _tell_report(self) -> None:
+        self._report_token = None
+        for link in (self._old, self._new):
+            if link.ready:
+                self._out.append(Report(link.path, self.report()))
+
+    def _on_stored_alone(self, token: int) -> None:
+        """A full disk takes no telemetry, but it has taken this: what waited for it alone goes on."""
+        for waiting in [one for one in self._waiting if one[0] == token]:
+            self._waiting.remove(waiting)
+            self._out += [
+                one for one in waiting[1] if not isinstance(one, AnswerCommand) or self._links[one.path].ready
+            ]
+        for outcome in [one for one in self._outcomes if one[0] == token]:
+            self._outcomes.remove(outcome)
+            self._tell_outcome(outcome[1])
+        if self._report_token is not None and self._report_token == token:
+            self._tell_report()
 
 
 def _closes_old(flags: Flags) -> bool:

@@ -223,9 +223,10 @@ class CommandFinished(msgspec.Struct, frozen=True):
 
 
 class Stored(msgspec.Struct, frozen=True):
-    """Everything up to and including this token is on disk."""
+    """Everything up to and including this token is on disk; `alone`: this token's changes, nothing before."""
 
     token: int
+    alone: bool = False
 
 
 class Timer(msgspec.Struct, frozen=True):

@@ -159,7 +159,13 @@ class DeviceShell:
             case m.Persist(token, changes, wait):
                 if wait:
                     self._token = token
-                    self._journal.write(self.device, changes, lambda: self._on_stored(token))
+                    needs_room = any(isinstance(change, m.EntryAdded) for change in changes)
+                    self._journal.write(
+                        self.device,
+                        changes,
+                        lambda: self._on_stored(token),
+                        None if needs_room else lambda: self.feed(m.Stored(token, alone=True)),
+                    )
                 else:
                     self._journal.write(self.device, changes)
             case m.SetTimer(at):
