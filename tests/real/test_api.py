@@ -218,6 +218,7 @@ ROUTES: list[tuple[str, str, Any, str]] = [
     ("GET", f"{V1}/migrations/connect/events", None, "viewer"),
     ("GET", f"{V1}/migrations/connect/devices", None, "viewer"),
     ("GET", f"{V1}/migrations/connect/report", None, "viewer"),
+    ("GET", f"{V1}/migrations/connect/certificate", None, "viewer"),
     ("POST", f"{V1}/migrations/connect/pause", None, "operator"),
     ("POST", f"{V1}/migrations/connect/resume", None, "operator"),
     ("POST", f"{V1}/migrations/connect/approve", None, "operator"),
@@ -310,6 +311,7 @@ async def test_a_tenant_sees_only_its_own(house: House) -> None:
             "/migrations/connect/events",
             "/migrations/connect/devices",
             "/migrations/connect/report",
+            "/migrations/connect/certificate?so_far=true",
         ):
             is_problem(await stranger.get(V1 + path), 404)
             if path != "/devices/car-1/shadow":
@@ -664,11 +666,17 @@ async def test_a_migration_is_shown_whole(house: House) -> None:
     report = await viewer.get(f"{V1}/migrations/connect/report")
     assert report.headers["content-type"].startswith("text/html") and "<html" in report.text
     is_problem(await viewer.get(f"{V1}/migrations/none"), 404)
+    told = is_problem(await viewer.get(f"{V1}/migrations/connect/certificate"), 409)
+    assert "--so-far" in told["detail"]
+    certificate = (await viewer.get(f"{V1}/migrations/connect/certificate?so_far=true")).json()
+    assert (certificate["finished"], len(certificate["audit"])) == (False, 2)
 
 
 async def test_a_migration_does_not_take_back_devices_that_another_one_has(house: House) -> None:
     """`connect` went back and `again` took its devices: `connect` is neither resumed nor amended."""
     await started(house)
+    async with house.ctx.pool.acquire() as conn:
+        await conn.execute("UPDATE engine.migration SET phase = 'reverted'")
     await started(house, "again")
     operator = house["operator"]
     for path, body in (

@@ -19,8 +19,9 @@ from fleetlift.core.migration import (
 )
 from fleetlift.core.timeline import TimelinePoint
 from fleetlift.migrate.controller import LEADER
-from fleetlift.store import audit
+from fleetlift.store import audit, claims
 from fleetlift.store import engine as store
+from fleetlift.store.claims import Claimed
 from fleetlift.store.pool import Conn, Pool, sole_owner
 
 
@@ -166,7 +167,7 @@ async def test_names_are_unique_and_the_unknown_is_not_found(pool: Pool) -> None
         with pytest.raises(NotFound):
             await store.add_request(conn, "other", RequestKind.PAUSE, {}, "ann")
         assert await store.highest_epoch(conn) == 10
-        assert await store.claimed(conn, ["car-1", "car-99"], [Phase.RUNNING]) == [("car-1", "move")]
+        assert await claims.claimed(conn, ["car-1", "car-99"]) == [("car-1", "move")]
 
 
 async def test_an_emergency_is_asked_for_once(pool: Pool) -> None:
@@ -239,3 +240,43 @@ async def test_lines_from_before_the_chain_are_left_as_they_are(pool: Pool) -> N
         assert [line.kind for line in await audit.page(conn, "move")] == ["migration_started", entry.kind]
         with pytest.raises(Conflict, match="not a chain yet"):
             await audit.whole_chain(conn, "move")
+
+
+async def test_of_two_migrations_started_with_the_same_device_at_once_one_is_turned_away(pool: Pool) -> None:
+    async with pool.acquire() as one, pool.acquire() as other:
+        for round_ in range(5):
+            names = [f"first-{round_}", f"second-{round_}"]
+            outcomes = await asyncio.gather(
+                make(one, name=names[0]), make(other, name=names[1]), return_exceptions=True
+            )
+            assert sorted(type(o).__name__ for o in outcomes) == ["Claimed", "StoredMigration"]
+            [error] = [o for o in outcomes if isinstance(o, Claimed)]
+            assert "car-0, car-1, car-2" in str(error) and error.devices.keys() == members(3).keys()
+            await one.execute("UPDATE engine.migration SET phase = 'released'")
+
+
+async def test_devices_taken_meanwhile_are_not_taken_back(pool: Pool) -> None:
+    """Two that went back are resumed at once: one has the devices. Nor does a fleet that grows take any."""
+    async with pool.acquire() as one, pool.acquire() as other:
+        await make(one, name="first")
+        await one.execute("UPDATE engine.migration SET phase = 'reverted'")
+        await make(one, name="second")
+        await one.execute("UPDATE engine.migration SET phase = 'reverted'")
+        await one.execute("""UPDATE engine.migration SET state = jsonb_set(state, '{phase}', '"reverted"')""")
+
+        async def resume(conn: Conn, name: str) -> store.StoredMigration:
+            before = await store.load(conn, name)
+            after = replace(before.state, phase=Phase.RUNNING)
+            return await store.commit(conn, before, after, now=1001.0)
+
+        outcomes = await asyncio.gather(resume(one, "first"), resume(other, "second"), return_exceptions=True)
+        assert sorted(type(o).__name__ for o in outcomes) == ["Claimed", "StoredMigration"]
+
+        third = await make(one, 0, name="third")
+        grown = replace(third.state, members={"car-1": Member(device="car-1", rank=0)})
+        with pytest.raises(Claimed, match="car-1"):
+            await store.commit(one, third, grown, now=1002.0)
+        out = replace(grown.members["car-1"], state=MemberState.EXCLUDED)
+        kept = await store.commit(one, third, replace(grown, members={"car-1": out}), now=1002.0)
+        with pytest.raises(Claimed):
+            await store.commit(one, kept, grown, now=1003.0)

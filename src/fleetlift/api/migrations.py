@@ -34,9 +34,10 @@ from fleetlift.migrate import certificate, check, controller, report, status
 from fleetlift.migrate.check import PlanCheck
 from fleetlift.migrate.parity import ParityReport, read_parity
 from fleetlift.migrate.planfile import parse_plan
-from fleetlift.store import audit
+from fleetlift.store import audit, claims
 from fleetlift.store import engine as store
 from fleetlift.store.audit import AuditRow
+from fleetlift.store.claims import Claimed
 from fleetlift.store.engine import StoredMigration
 from fleetlift.store.paging import from_cursor, to_cursor
 from fleetlift.store.pool import Conn
@@ -236,13 +237,9 @@ async def check_unclaimed(request: Call, name: str, device: str | None = None) -
     """Conflict when another migration has taken devices of this one (or `device`) since it went back."""
     async with services(request).engine.acquire() as conn:
         await visible(conn, request, name)
-        taken = await store.claimed_from(conn, name, controller.BUSY, device=device)
+        taken = await claims.claimed_from(conn, name, device=device)
     if taken:
-        one, other = taken[0]
-        raise Conflict(
-            f"{len(taken)} of the devices of {name!r} are part of migration {other!r} by now ({one}, for "
-            "one): revert or release that one first"
-        )
+        raise Claimed(taken)
 
 
 async def ask(

@@ -1,5 +1,6 @@
 """Checking a plan against the fleet before anything moves: which devices, which waves, what is missing."""
 
+import math
 from collections.abc import Sequence
 from enum import StrEnum
 
@@ -11,16 +12,20 @@ from fleetlift.core.gates import Gate, Source
 from fleetlift.core.migration import FleetDevice
 from fleetlift.core.plan import Plan, gates_of, ladder
 from fleetlift.core.selection import cannot_move, selected
-from fleetlift.core.units import Share, format_devices
+from fleetlift.core.units import Share, format_devices, format_duration
 from fleetlift.core.waves import approved, ordered
-from fleetlift.migrate.controller import BUSY, read_inventory
+from fleetlift.migrate.controller import read_inventory
+from fleetlift.migrate.forecast import Forecast, Pace, forecast, hopeless
 from fleetlift.migrate.free_queries import free_sql, prometheus
 from fleetlift.migrate.planfile import parse_plan
-from fleetlift.store import engine as store
+from fleetlift.store import claims
 from fleetlift.store.pool import Pool
 
 SHOWN_MAX = 1000  # devices named in one list of the answer
 RECENT_S = 3600.0
+MESSAGES_SPAN_S = 600.0
+FAR_ABOVE = 3.0  # times the bake: what a gate needs beyond that is told
+LONG_S = 60.0
 
 
 class Severity(StrEnum):
@@ -50,7 +55,7 @@ class PlannedWave(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class PlannedRung(msgspec.Struct, frozen=True, kw_only=True):
-    """One step's stage. `bake_s`: how long each wave is watched; `gates`: what must hold meanwhile."""
+    """One step's stage. `bake_s`: how long each wave is watched at the least; `gates`: what must hold."""
 
     rung: int
     step: str
@@ -59,6 +64,7 @@ class PlannedRung(msgspec.Struct, frozen=True, kw_only=True):
     approve: bool
     gates: tuple[str, ...]
     waves: tuple[PlannedWave, ...]
+    forecasts: tuple[Forecast, ...] = ()  # of gates that wait until they are sure
 
 
 class PlanCheck(msgspec.Struct, frozen=True, kw_only=True):
@@ -101,6 +107,11 @@ async def check_plan(engine: Pool, backend: Pool, plan_text: str) -> PlanCheck:
         findings += fleet_findings(plan, inventory, fleet)
     findings += await _engine_findings(engine, plan, fleet)
     findings += await _gate_findings(backend, plan)
+    if shown.movable:
+        pace = await _pace(backend, plan)
+        rungs = tuple(_foreseen(plan, planned, shown.movable, pace) for planned in shown.rungs)
+        shown = msgspec.structs.replace(shown, rungs=rungs)
+    findings += certainty_findings(plan, shown.rungs)
     return msgspec.structs.replace(
         shown, findings=tuple(findings), ok=all(f.severity is not Severity.ERROR for f in findings)
     )
@@ -117,8 +128,10 @@ def lay_out(plan: Plan, inventory: Sequence[FleetDevice], fleet: Sequence[FleetD
     below: list[Share] = []
     for rung in ladder(plan)[1:]:
         waves, before = [], 0
-        for share in rung.waves:
-            total = max(before, approved((share, *below), len(order)))
+        for number, share in enumerate(rung.waves, 1):
+            last = number == len(rung.waves)
+            most = approved((share, *below), len(order), control=plan.fleet.control, last=last)
+            total = max(before, most)
             waves.append(PlannedWave(label=str(share), adds=total - before, total=total))
             takes_s += rung.bake_s if total > before else 0.0
             before = total
@@ -207,7 +220,7 @@ async def _engine_findings(engine: Pool, plan: Plan, fleet: Sequence[FleetDevice
     found = []
     async with engine.acquire() as conn:
         phase = await conn.fetchval("SELECT phase FROM engine.migration WHERE name = $1", plan.name)
-        taken = await store.claimed(conn, [d.id for d in fleet], BUSY)
+        taken = await claims.claimed(conn, [d.id for d in fleet])
     if phase is not None:
         found.append(
             Finding(
@@ -258,6 +271,90 @@ async def _gate_findings(backend: Pool, plan: Plan) -> list[Finding]:
                 Finding(severity=Severity.WARNING, kind="gate_without_data", text=f"{gate.text}: {why}")
             )
     return found
+
+
+async def _pace(backend: Pool, plan: Plan) -> Pace:
+    """What the fleet's devices have lately done, as far as this backend has seen it."""
+    async with backend.acquire() as conn:
+        row = await conn.fetchrow(
+            "SELECT (SELECT count(*) FROM device WHERE tenant = $1) AS devices, "
+            "(SELECT count(*) FROM command WHERE tenant = $1 "
+            "AND created_at > now() - make_interval(secs => $2)) AS commands, "
+            "(SELECT extract(epoch FROM now() - min(created_at))::float8 FROM command WHERE tenant = $1 "
+            "AND created_at > now() - make_interval(secs => $2)) AS span, "
+            "(SELECT sum(messages) / count(DISTINCT device) / $3::float8 FROM receipt_window "
+            "WHERE window_start > now() - make_interval(secs => $3::float8) "
+            "AND device IN (SELECT id FROM device WHERE tenant = $1)) AS messages",
+            plan.fleet.tenant,
+            RECENT_S,
+            MESSAGES_SPAN_S,
+        )
+    assert row is not None
+    commands = row["commands"] / max(row["span"], 1.0) / row["devices"] if row["commands"] else None
+    return Pace(messages=row["messages"], commands=commands)
+
+
+def _foreseen(plan: Plan, planned: PlannedRung, movable: int, pace: Pace) -> PlannedRung:
+    rung = ladder(plan)[planned.rung]
+    waves = tuple((wave.adds, movable - wave.total) for wave in planned.waves)
+    bounded = (gate for gate in rung.gates if gate.bounded)
+    return msgspec.structs.replace(planned, forecasts=tuple(forecast(gate, waves, pace) for gate in bounded))
+
+
+def certainty_findings(plan: Plan, rungs: Sequence[PlannedRung]) -> list[Finding]:
+    """Gates that are never sure, or long after the bake; gates that need not be sure at all."""
+    found: list[Finding] = []
+
+    def warn(kind: str, text: str) -> None:
+        if not any(f.text == text for f in found):
+            found.append(Finding(severity=Severity.WARNING, kind=kind, text=text))
+
+    for rung in ladder(plan)[1:]:
+        for gate in rung.gates:
+            if gate.sampled and gate.confidence is None:
+                warn(
+                    "no_confidence",
+                    f"{gate.text}: confidence is none, so figures are compared as they are. Looked at all "
+                    "the time, a good wave goes back and a bad one passes by chance sooner or later.",
+                )
+            elif gate.bounded and hopeless(gate):
+                warn(
+                    "gate_never_decided",
+                    f"{gate.text} can never be decided: a limit of all, or exactly that of the old side, "
+                    "leaves no room to be sure. Allow a little, as in 99.9%, 1.2 x old or old - 0.5%.",
+                )
+    texts = {gate.text: gate for gate in gates_of(plan)}
+    for planned in rungs:
+        name = f"{planned.step}: {planned.stage}"
+        for one in planned.forecasts:
+            if hopeless(texts[one.gate]):
+                continue
+            for i in one.never:
+                warn(
+                    "gate_never_decided",
+                    f"{name}, wave {planned.waves[i].label}: {planned.waves[i].adds:,} devices are too few "
+                    f"for {one.gate} ever to be decided. Make the wave larger, or add an absolute limit.",
+                )
+            slow = [
+                (seconds, wave.label)
+                for seconds, wave in zip(one.waves_s, planned.waves, strict=True)
+                if seconds is not None and seconds > max(FAR_ABOVE * planned.bake_s, LONG_S)
+            ]
+            if slow:
+                seconds, label = max(slow)
+                warn(
+                    "gate_takes_long",
+                    f"{name}, wave {label}: {one.gate} needs {format_duration(coarse(seconds))} at the "
+                    f"soonest, the bake is {format_duration(planned.bake_s)}. The wave waits for it; more "
+                    "traffic, larger waves or a laxer limit shorten that.",
+                )
+    return found
+
+
+def coarse(seconds: float) -> float:
+    """Rounded to what a reader wants to know."""
+    size = next(s for upto, s in ((120, 1), (7200, 60), (86_400, 900), (math.inf, 86_400)) if seconds <= upto)
+    return math.ceil(seconds / size) * size
 
 
 async def unreadable(backend: Pool, gate: Gate) -> str | None:

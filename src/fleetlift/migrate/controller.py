@@ -17,13 +17,12 @@ import asyncpg
 
 from fleetlift.backend.context import Context
 from fleetlift.core.decide import begin
-from fleetlift.core.errors import BadInput, Conflict, FleetError
+from fleetlift.core.errors import BadInput, FleetError
 from fleetlift.core.migration import (
     AuditEntry,
     FleetDevice,
     MemberState,
     MigrationState,
-    Phase,
     RequestKind,
 )
 from fleetlift.core.orders import Endpoint
@@ -52,8 +51,6 @@ from fleetlift.store.pool import Pool, open_pool, sole_owner
 log = get_logger(__name__)
 
 LEADER = "migration controller"
-# a migration in one of these has its devices to itself
-BUSY = (Phase.RUNNING, Phase.PAUSED, Phase.HELD, Phase.REVERTING, Phase.FINISHED)
 
 
 # -- for the API and the command line ---------------------------------------------------------------------
@@ -108,12 +105,6 @@ async def start_migration(
         epoch = max(await store.highest_epoch(conn), int(now))
         state = begin(plan, fleet, epoch)
         moving = [m.device for m in state.members.values() if m.state is not MemberState.EXCLUDED]
-        if taken := await store.claimed(conn, moving, BUSY):
-            device, other = taken[0]
-            raise Conflict(
-                f"{len(taken)} of these devices are part of migration {other!r} ({device}, for one): "
-                "revert or release that one first"
-            )
         await store.create(
             conn,
             tenant=plan.fleet.tenant,

@@ -16,6 +16,7 @@ from fleetlift.core.migration import (
     AuditEntry,
     Decision,
     FleetDevice,
+    MemberState,
     MigrationState,
     Observations,
     Phase,
@@ -32,6 +33,7 @@ from fleetlift.migrate import journal as journals
 from fleetlift.migrate.planfile import parse_plan
 from fleetlift.migrate.ports import GONE, Journal, Lever, Measures, New, Old, Store
 from fleetlift.migrate.timeline import Timeline
+from fleetlift.store.claims import Claimed
 from fleetlift.store.engine import StoredMigration
 
 log = get_logger(__name__)
@@ -127,6 +129,8 @@ class Runner:
         self._selected: tuple[object, frozenset[str]] | None = None
         self._adopted: tuple[object, ...] | None = None
         self._foreign: frozenset[str] = frozenset()  # ids that another tenant has at the new side
+        self._claimed: tuple[int, frozenset[str]] = (-1, frozenset())  # by other migrations, at a snapshot
+        self._refused: dict[int, AuditEntry] = {}  # requests that would have taken them
         self._followed: dict[str, DeviceReport] = {}  # what the new side's routes were last set by
         self._down: dict[str, str] = {}
         self._use(read_plan(stored.plan, file=f"{self.name}.yaml"))
@@ -160,8 +164,9 @@ class Runner:
         fleet = self._fleet(plan, observed)
         if observed.fleet is not None and observed.new_up:
             await self._adopt(observed.fleet, plan)
-        if fleet is not None and self._foreign:
-            fleet = tuple(device for device in fleet if device.id not in self._foreign)
+        left = self._foreign | self._claimed[1] if self._claimed[0] == self._old.snapshots else self._foreign
+        if fleet is not None and left:
+            fleet = tuple(device for device in fleet if device.id not in left)
         await self._follow_reports(observed)
         rungs = ladder(plan)
         state = stored.state
@@ -199,15 +204,19 @@ class Runner:
         if not gates and decision.state.phase is Phase.HELD:
             gates = stored.gates  # what was breached stays to be seen until somebody decides
         if decision.state != state or audit or answered or gates != stored.gates or taken:
-            stored = await self._store.commit(
-                stored,
-                decision.state,
-                audit=audit,
-                answered=answered,
-                gates=gates,
-                plan=text if taken else None,
-                now=now,
-            )
+            try:
+                stored = await self._store.commit(
+                    stored,
+                    decision.state,
+                    audit=audit,
+                    answered=answered,
+                    gates=gates,
+                    plan=text if taken else None,
+                    now=now,
+                )
+            except Claimed as error:
+                self._leave(error, stored.state, [r for r in asked if r.id in decision.answered])
+                raise
             self._stored = stored
             if taken:
                 self._use(plan)
@@ -276,6 +285,17 @@ class Runner:
         self._foreign = frozenset(foreign)
         self._adopted = basis
 
+    def _leave(self, claimed: Claimed, state: MigrationState, asked: Sequence[Request]) -> None:
+        """Devices that would join, and that another migration has, stay out until the inventory is read anew;
+        who asked for them is refused in the next round."""
+        before = self._claimed[1] if self._claimed[0] == self._old.snapshots else frozenset()
+        part = {m.device for m in state.members.values() if m.state is not MemberState.EXCLUDED}
+        self._claimed = (self._old.snapshots, before | (claimed.devices.keys() - part))
+        for one in asked:
+            if one.kind in (RequestKind.AMEND, RequestKind.RESUME):
+                text = f"{one.kind} refused: {claimed}"
+                self._refused[one.id] = AuditEntry(kind="request_refused", text=text, actor=one.actor)
+
     async def _follow_reports(self, observed: Observed) -> None:
         """Have commands routed as devices say that they obey: each new word of theirs once."""
         if not observed.new_up:
@@ -301,11 +321,11 @@ class Runner:
         An amendment is decided on only with the fleet at hand, so until then the stored plan holds.
         """
         plan, text = self._plan, None
-        refused: dict[int, AuditEntry] = {}
+        refused = {one.id: self._refused[one.id] for one in asked if one.id in self._refused}
         if observed.fleet is None:
             return plan, text, refused
         for one in asked:
-            if one.kind is not RequestKind.AMEND:
+            if one.kind is not RequestKind.AMEND or one.id in refused:
                 continue
             try:
                 new = str(one.args.get("plan", ""))

@@ -24,6 +24,8 @@ from fleetlift.core.migration import (
 )
 from fleetlift.core.timeline import TimelinePoint
 from fleetlift.store import audit as audit_log
+from fleetlift.store import claims
+from fleetlift.store.claims import BUSY
 from fleetlift.store.pool import Conn
 
 # Told by NOTIFY when a person asked for something; the controller need not wait for its next round.
@@ -106,8 +108,12 @@ async def create(
     created_by: str,
     now: float,
 ) -> None:
-    """Store a new migration with its members, in one transaction. Conflict when the name is taken."""
+    """Store a new migration with its members, in one transaction.
+
+    Conflict when the name is taken, or devices are part of another migration.
+    """
     async with conn.transaction():
+        await claims.claim(conn, state.name, [m.device for m in state.members.values() if _takes_part(m)])
         made = await conn.fetchval(
             "INSERT INTO engine.migration "
             "(name, tenant, plan, phase, state, created_by, created_at, updated_at)"
@@ -213,13 +219,23 @@ async def commit(
 ) -> StoredMigration:
     """Write one decision: state, changed members, audit and answered requests, all or nothing.
 
-    `before` is what the decision was made from; Conflict when somebody has committed since, and then nothing
-    is written. `plan` replaces the plan (an amendment). Returns what is stored now.
+    `before` is what the decision was made from; Conflict when somebody has committed since, Claimed when
+    devices that would take part from now on are part of another migration; then nothing is written. `plan`
+    replaces the plan (an amendment). Returns what is stored now.
     """
     old_members = before.state.members
     changed = [m for m in after.members.values() if old_members.get(m.device) != m]
     gone = [device for device in old_members if device not in after.members]
+    was_busy = before.state.phase in BUSY
+    joining = [
+        m.device
+        for m in (changed if was_busy else after.members.values())
+        if _takes_part(m)
+        and not (was_busy and m.device in old_members and _takes_part(old_members[m.device]))
+    ]
     async with conn.transaction():
+        if after.phase in BUSY:
+            await claims.claim(conn, before.name, joining)
         row = await conn.fetchrow(
             "UPDATE engine.migration SET state = $3::text::jsonb, phase = $4, gates = $5::text::jsonb, "
             "updated_at = $6, version = version + 1, plan = coalesce($7, plan), "
@@ -264,6 +280,10 @@ async def commit(
         plan_version=row["plan_version"],
         updated_at=now,
     )
+
+
+def _takes_part(member: Member) -> bool:
+    return member.state is not MemberState.EXCLUDED
 
 
 async def _put_members(conn: Conn, name: str, members: Sequence[Member]) -> None:
@@ -349,40 +369,6 @@ async def add_emergency(
         [_json(one) for one in asked],
         actor,
     )
-
-
-async def claimed(conn: Conn, devices: Sequence[str], phases: Sequence[Phase]) -> list[tuple[str, str]]:
-    """(device, migration) of those `devices` that take part in a migration in one of `phases`."""
-    rows = await conn.fetch(
-        "SELECT m.device, m.migration FROM engine.member m JOIN engine.migration g ON g.name = m.migration "
-        "WHERE g.phase = ANY($2::text[]) AND m.state <> $3 AND m.device = ANY($1::text[]) "
-        "ORDER BY 1 LIMIT 1000",
-        devices,
-        [p.value for p in phases],
-        MemberState.EXCLUDED.value,
-    )
-    return [(row["device"], row["migration"]) for row in rows]
-
-
-async def claimed_from(
-    conn: Conn, name: str, phases: Sequence[Phase], *, device: str | None = None
-) -> list[tuple[str, str]]:
-    """(device, other migration) of the devices of `name` that another one in one of `phases` has by now.
-
-    `device`: this one only, also where `name` excludes it.
-    """
-    members = await conn.fetch(
-        "SELECT device FROM engine.member WHERE migration = $1 "
-        "AND (device = $2::text OR ($2::text IS NULL AND state <> $3))",
-        name,
-        device,
-        MemberState.EXCLUDED.value,
-    )
-    return [
-        (one, other)
-        for one, other in await claimed(conn, [row["device"] for row in members], phases)
-        if other != name
-    ]
 
 
 async def open_requests(conn: Conn, name: str) -> tuple[Request, ...]:
