@@ -15,7 +15,7 @@ from fleetlift.core.certificate import Certificate, render
 from fleetlift.core.chain import Link
 from fleetlift.core.errors import BadInput
 from fleetlift.core.migration import MemberState, Phase, RequestKind, Sample
-from fleetlift.core.plan import Move, OnBreach
+from fleetlift.core.plan import Move, OnBreach, Plan
 from fleetlift.core.units import parse_share
 from fleetlift.migrate.certificate import checked_key, is_signed, public_text
 
@@ -77,7 +77,13 @@ def test_whatever_happens_the_audit_log_can_be_retraced(seed: int) -> None:
         "approve": rng.random() < 0.3,
         "no_data_after_s": 8.0,
     }
-    p = Recorded(plan(**shape), 12)
+    control = parse_share("20%") if rng.random() < 0.3 else None
+
+    def planned(**other: Any) -> Plan:
+        made = plan(**{**shape, **other})
+        return replace(made, fleet=replace(made.fleet, control=control))
+
+    p = Recorded(planned(), 12)
     kinds = [kind for kind in RequestKind if kind not in (RequestKind.AMEND, RequestKind.RELEASE)]
     for round_ in range(rng.choice([60, 250])):
         if rng.random() < 0.15:
@@ -100,7 +106,7 @@ def test_whatever_happens_the_audit_log_can_be_retraced(seed: int) -> None:
             p.ask(kind, **args)
         if rng.random() < 0.02 and p.readable and p.state.phase is not Phase.RELEASED:
             waves = rng.choice([("1 device", "100%"), ("10%", "30%", "60%", "100%")])
-            p.amend(f"plan of round {round_}", plan(**{**shape, "waves": waves, "bake_s": 2.0}))
+            p.amend(f"plan of round {round_}", planned(waves=waves, bake_s=2.0))
         p.step()
     if p.state.phase in (Phase.FINISHED, Phase.REVERTED) and rng.random() < 0.5:
         p.ask(RequestKind.RELEASE, force=True)

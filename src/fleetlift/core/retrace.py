@@ -191,7 +191,9 @@ class Retrace:
         if found is None or not self._in_place():
             return None
         shares = (self._at().waves[self.wave], *(r.waves[-1] for r in self._rungs[1 : self.rung]))
-        if (limit := approved(shares, found.fleet)) != found.limit:
+        control, last = self.plan.fleet.control, self.wave + 1 == len(self._at().waves)
+        limit = approved(shares, found.fleet, control=control, last=last)
+        if limit != found.limit:
             self._wrong(
                 About.SHARES, f"{found.limit} devices approved, but the plan says {limit} of {found.fleet}"
             )
