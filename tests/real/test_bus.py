@@ -142,11 +142,11 @@ async def test_two_readers_of_one_name_cannot_both_store(ctx: Context) -> None:
     await ctx.publisher.to_log("dt/d/x", b"1")
     created, _, last = await stream_state(ctx.settings)
     async with ctx.pool.acquire() as connection:
-        await positions.advance(connection, "t", before=None, after=(created, last))
-        for before in (None, (created, 0)):
+        await positions.advance(connection, "t", before=None, after=(created, last, None))
+        for before in (None, (created, 0, None)):
             with pytest.raises(Conflict):
-                await positions.advance(connection, "t", before=before, after=(created, last))
-        assert await positions.load(connection, "t") == (created, last)
+                await positions.advance(connection, "t", before=before, after=(created, last, None))
+        assert await positions.load(connection, "t") == (created, last, None)
 
 
 async def test_reader_and_publisher_outlive_a_killed_server(

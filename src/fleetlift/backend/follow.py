@@ -103,7 +103,7 @@ class _Follower:
         self.batches: deque[LogBatch] = deque()
         self.arrived = asyncio.Event()
         self.room = asyncio.Event()
-        self.position: tuple[Any, int] | None = None
+        self.position: positions.Place | None = None
         self.dropped = 0
         self.telling: asyncio.Task[None] | None = None  # the answers of the last group, on their way
 
@@ -226,9 +226,9 @@ class _Follower:
         if len(messages) > 1:
             half = len(messages) // 2
             for part in (messages[:half], messages[half:]):
-                last = max((m.seq for m in part if m.seq is not None), default=None)
+                last = max(((m.seq, m.at) for m in part if m.seq is not None), default=None)
                 await self._group(
-                    part, None if last is None or position is None else LogPosition(position.created, last)
+                    part, None if last is None or position is None else LogPosition(position.created, *last)
                 )
             return
         (message,) = messages
@@ -253,7 +253,7 @@ class _Follower:
         finally:
             self.apply = apply
 
-    async def _load(self) -> tuple[Any, int] | None:
+    async def _load(self) -> positions.Place | None:
         retry_s = _RETRY_S
         while True:
             try:

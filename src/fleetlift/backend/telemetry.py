@@ -18,7 +18,7 @@ import asyncpg
 
 from fleetlift.backend.context import Context
 from fleetlift.backend.parity import Parity
-from fleetlift.bus.log import LogBatch, LogPosition, read, stream_state
+from fleetlift.bus.log import LogBatch, LogPosition, read, standing
 from fleetlift.bus.subjects import to_topic
 from fleetlift.bus.wire import connect
 from fleetlift.core import telemetry as messages
@@ -95,9 +95,9 @@ class _Reader:
         self._turn = asyncio.Lock()  # batches and the ticker's flushes take turns
         self._account = _Account()
         self._parity = Parity()
-        self._rows_at: tuple[datetime, int] | None = None
-        self._account_at: tuple[datetime, int] | None = None
-        self._taken: tuple[datetime, int] | None = None  # up to where the account in memory goes
+        self._rows_at: positions.Place | None = None
+        self._account_at: positions.Place | None = None
+        self._taken: positions.Place | None = None  # up to where the account in memory goes
         self._replayed_until = 0  # up to this position, what is no row was dealt with in an earlier term
         self._days: set[date] = set()
         self._counted: Counter[tuple[str, str]] = Counter()
@@ -127,17 +127,17 @@ class _Reader:
                     async with self._turn:
                         await self._take(batch)
 
-    async def _start(self) -> tuple[datetime, int] | None:
+    async def _start(self) -> positions.Place | None:
         """Where the account stands; at the beginning, when the stream was made anew since."""
         rows, account = self._rows_at, self._account_at
         if rows is None:
             return None
         if account is None or account[0] != rows[0]:
-            account = (rows[0], 0)
-        created, _, last = await stream_state(self._ctx.settings)
-        if created == rows[0]:
+            account = (rows[0], 0, None)
+        found = await standing(self._ctx.settings, rows)
+        if found.created == rows[0]:
             # A log that lost its end gives numbers again: those are new messages.
-            self._replayed_until = min(rows[1], last)
+            self._replayed_until = found.seq
         return account
 
     # -- a batch -------------------------------------------------------------------------------------------
@@ -145,6 +145,9 @@ class _Reader:
     async def _take(self, batch: LogBatch) -> None:
         if self._rows_at is not None and batch.position.created != self._rows_at[0]:
             self._replayed_until = 0
+        elif self._taken is not None and batch[0].seq <= self._taken[1]:
+            # Numbers that this term has read come again: the log has lost its end meanwhile.
+            self._replayed_until = min(self._replayed_until, batch[0].seq - 1)
         rows: list[Telemetry] = []
         again: list[Telemetry] = []
         letters: list[DeadLetter] = []

@@ -32,6 +32,8 @@ _HEARTBEAT_S = 5
 _SILENCE_MAX_S = 12.0  # two heartbeats missed: the connection is dead though TCP has not noticed
 _BYTES_IN_FLIGHT_MAX = 48 * 1024 * 1024
 _RETRY_S = 0.25
+_NO_MESSAGE = 10037  # JetStream's code: no message found
+_SAME_TIME_S = 5e-6  # times that differ by less are the same: a float holds a quarter of a microsecond
 
 
 class LogMessage(msgspec.Struct, frozen=True, gc=False):
@@ -46,13 +48,18 @@ class LogMessage(msgspec.Struct, frozen=True, gc=False):
 
 
 class LogPosition(msgspec.Struct, frozen=True):
-    """A place in the log. A stream that was made anew counts from 1 again: hence its time of creation."""
+    """A place in the log. A stream that was made anew counts from 1 again: hence its time of creation.
+
+    One that lost its end gives the same numbers again: hence the time `at` (Unix seconds) of the message;
+    None: not known.
+    """
 
     created: datetime
     seq: int
+    at: float | None = None
 
-    def as_row(self) -> tuple[datetime, int]:
-        return (self.created, self.seq)
+    def as_row(self) -> tuple[datetime, int, float | None]:
+        return (self.created, self.seq, self.at)
 
 
 class LogBatch(list[LogMessage]):
@@ -68,7 +75,7 @@ class LogBatch(list[LogMessage]):
 async def read(
     settings: Settings,
     *,
-    after: LogPosition | tuple[datetime, int] | None,
+    after: LogPosition | tuple[datetime, int, float | None] | None,
     filters: Sequence[str],
     name: str,
     batch_max: int = 5000,
@@ -96,11 +103,27 @@ async def read(
 
 async def stream_state(settings: Settings) -> tuple[datetime, int, int]:
     """(creation time, first sequence, last sequence) of the log. Raises Unavailable."""
-    source = _Source(settings, (), "stream-state", None, 1)
-    try:
-        await source.connect_only()
+    async with _asking(settings) as source:
         info = await source.stream_info()
         return info.created, info.state.first_seq, info.state.last_seq
+
+
+async def standing(settings: Settings, position: tuple[datetime, int, float | None]) -> LogPosition:
+    """Where a stored position is in the log as it is now.
+
+    It is the same unless the log lost its end since, then that is where the rest of it ends; or unless the
+    stream was made anew, then it is its beginning. Raises Unavailable.
+    """
+    async with _asking(settings) as source:
+        return await source.standing(LogPosition(*position), await source.stream_info())
+
+
+@contextlib.asynccontextmanager
+async def _asking(settings: Settings) -> "AsyncIterator[_Source]":
+    source = _Source(settings, (), "asking", None, 1)
+    try:
+        await source.connect_only()
+        yield source
     finally:
         source.close()
 
@@ -118,10 +141,20 @@ class _StreamInfo(msgspec.Struct):
 class _ApiError(msgspec.Struct):
     description: str = ""
     code: int = 0
+    err_code: int = 0
 
 
 class _ApiReply(msgspec.Struct):
     error: _ApiError | None = None
+
+
+class _StoredMessage(msgspec.Struct):
+    seq: int
+    time: datetime
+
+
+class _MessageReply(msgspec.Struct):
+    message: _StoredMessage | None = None
 
 
 class _ConsumerInfo(msgspec.Struct):
@@ -210,15 +243,10 @@ class _Source:
         """Connect, find the stream, make the consumer. Returns how many messages are there to read."""
         await self.connect_only()
         info = await self.stream_info()
-        position = self._position
-        if position is None or position.created != info.created:
-            if position is not None and position.seq:
-                log.warning("log_stream_was_made_anew", reader=self._name, stood_at=position.seq)
+        if self._position is None:
             position = LogPosition(info.created, 0)
-        elif position.seq > info.state.last_seq:
-            # The server lost the end of its log (power loss, restored copy): numbers will be given again.
-            log.error("log_stream_lost_its_end", reader=self._name, at=position.seq, end=info.state.last_seq)
-            position = LogPosition(info.created, info.state.last_seq)
+        else:
+            position = await self.standing(self._position, info)
         self._position = position
         created = await self._api(
             f"CONSUMER.CREATE.{STREAM}",
@@ -243,10 +271,56 @@ class _Source:
         self._pull()
         return consumer.num_pending
 
+    async def standing(self, position: LogPosition, info: _StreamInfo) -> LogPosition:
+        """`position`, or where one must go on that cannot go on there."""
+        if position.created != info.created:
+            if position.seq:
+                log.warning("log_stream_was_made_anew", reader=self._name, stood_at=position.seq)
+            return LogPosition(info.created, 0)
+        last = info.state.last_seq
+        if position.seq <= last and not await self._is_another(position, info.state.first_seq):
+            return position
+        # The server lost the end of its log (power cut, restored copy) and gives its numbers again.
+        end = min(position.seq, last)
+        if position.at is not None:
+            end = await self._last_read(position.at, info.state.first_seq, end)
+        log.error("log_stream_lost_its_end", reader=self._name, at=position.seq, end=end)
+        return LogPosition(info.created, end)
+
+    async def _is_another(self, position: LogPosition, first: int) -> bool:
+        """Whether the message at this number is not the one that was read, or is gone though older ones are
+        there."""
+        if position.at is None or position.seq < first:
+            return False
+        found = await self._message_at(position.seq)
+        return found is None or found[0] != position.seq or abs(found[1] - position.at) > _SAME_TIME_S
+
+    async def _last_read(self, at: float, first: int, end: int) -> int:
+        """The number of the last message up to `end` that the log took no later than `at`, by halving."""
+        low, high = first - 1, end
+        while low < high:
+            middle = (low + high + 1) // 2
+            found = await self._message_at(middle)
+            if found is not None and found[1] <= at + _SAME_TIME_S:
+                low = max(middle, min(found[0], high))
+            else:
+                high = middle - 1
+        return low
+
+    async def _message_at(self, seq: int) -> tuple[int, float] | None:
+        """Number and time of the first message from `seq` on; None when there is none."""
+        body = {"seq": seq, "next_by_subj": ">"}
+        reply = msgspec.json.decode(
+            await self._api(f"STREAM.MSG.GET.{STREAM}", body, missing=True), type=_MessageReply
+        )
+        found = reply.message
+        return None if found is None else (found.seq, found.time.timestamp())
+
     async def stream_info(self) -> _StreamInfo:
         return msgspec.json.decode(await self._api(f"STREAM.INFO.{STREAM}", {}), type=_StreamInfo)
 
-    async def _api(self, call: str, body: dict[str, Any]) -> bytes:
+    async def _api(self, call: str, body: dict[str, Any], *, missing: bool = False) -> bytes:
+        """One call; `missing`: that there is no such message is an answer."""
         wire = self._wire
         assert wire is not None
         reply = wire.inbox + b".a%d" % next(self._numbers)
@@ -262,7 +336,7 @@ class _Source:
         finally:
             self._answers.pop(reply, None)
         error = msgspec.json.decode(text, type=_ApiReply).error
-        if error is not None:
+        if error is not None and not (missing and error.err_code == _NO_MESSAGE):
             raise Unavailable(f"JetStream refuses {call}: {error.description} ({error.code})")
         return text
 
@@ -367,7 +441,7 @@ class _Source:
         batch = LogBatch(self._messages.popleft() for _ in range(count))
         self._held_bytes -= sum(len(message.payload) for message in batch)
         assert self._position is not None
-        batch.position = LogPosition(self._position.created, batch[-1].seq)
+        batch.position = LogPosition(self._position.created, batch[-1].seq, batch[-1].at)
         batch.behind = self._behind + len(self._messages)
         self._pull()
         return batch
