@@ -4,11 +4,15 @@ import asyncio
 import time
 from typing import Any
 
+import pytest
 from log_reader import NOW, caught_up, publish, reading, stored
 
 from fleetlift.backend.context import Context
+from fleetlift.core.migration import Member, MemberState
 from fleetlift.core.parity import Account, parse_rule
 from fleetlift.core.telemetry import HEADER_AGAIN, HEADER_RECEIVED, HEADER_SEQ, HEADER_TS
+from fleetlift.migrate.parity import measure_parity
+from fleetlift.migrate.wave import Wave
 from fleetlift.store import parity as store
 
 
@@ -137,6 +141,32 @@ async def test_the_old_side_is_compared_with_itself(ctx: Context) -> None:
         received = await conn.fetchval("SELECT sum(received) FROM ledger")
     assert received == 20
     assert (noise.compared, noise.differing, noise.fields["speed"].likely) == (20, 2, "rounding")
+
+
+async def test_a_gate_has_no_figure_before_the_noise_is_known(ctx: Context) -> None:
+    """Then it is the share of pairs that differ above it, with the worst field for an example."""
+    await sends_to_both(ctx)
+    member = Member(device="d1", rank=0, rung=1, epoch=1, state=MemberState.MOVED, told_at=1.0, moved_at=2.0)
+    wave = Wave(told=(member,), moved=(member,))
+    async with reading(ctx):
+        for n in range(1, 101):
+            await by_feed(ctx, n)
+            await by_device(ctx, n, {"speed": n if n % 20 else n * 3.6})
+        await caught_up(ctx)
+        async with ctx.pool.acquire() as conn:
+            unknown = (await measure_parity(conn, wave, "legacy"))["parity.differing"]
+        for n in range(101, 201):
+            await by_feed(ctx, n)
+        await caught_up(ctx)
+        for n in range(101, 201):
+            await by_feed(ctx, n, {"speed": n if n > 101 else 0}, again=True)
+        await caught_up(ctx)
+        async with ctx.pool.acquire() as conn:
+            known = (await measure_parity(conn, wave, "legacy"))["parity.differing"]
+    assert unknown.value is None
+    assert "noise is not known yet" in unknown.evidence["summary"]
+    assert (known.value, known.n) == (pytest.approx(4.0), 100)
+    assert known.evidence["summary"] == "5 of 100 differ, gps speed most (unit: m/s and km/h)"
 
 
 async def test_rules_are_taken_up_while_the_reader_runs(ctx: Context) -> None:

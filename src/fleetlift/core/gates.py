@@ -87,6 +87,10 @@ METRICS: Final = _metrics(
     ("telemetry.delay.p95", "s", _DOWN, 20, "messages", _TIME, True, "95 of 100 messages came sooner"),
     ("telemetry.delay.p99", "s", _DOWN, 20, "messages", _TIME, True, "99 of 100 messages came sooner"),
     (
+        *("parity.differing", "%", _DOWN, 100, "pairs", _COUNTED, False),
+        "of the messages that both sides have, the share that differs above the old side's own noise",
+    ),
+    (
         *("devices.silent", "", _DOWN, 1, "moved devices", _COUNTED, False),
         "moved devices that the new side has not heard from for longer than `silent_after`",
     ),

@@ -27,6 +27,7 @@ from fleetlift.migrate.command_outcomes import measure_commands
 from fleetlift.migrate.completeness import Completeness
 from fleetlift.migrate.delays import DelayBook, measure_delays
 from fleetlift.migrate.free_queries import free_sql, prometheus
+from fleetlift.migrate.parity import measure_parity
 from fleetlift.migrate.reconnects import OldConnects, measure_flapping, measure_rate
 from fleetlift.migrate.wave import groups, moment, open_wave, summary
 from fleetlift.store.pool import Conn, Pool
@@ -156,6 +157,9 @@ class Measurer:
                 over_at=now - within_s - 10,
             )
 
+        async def parity(conn: Conn) -> Mapping[str, Sample]:
+            return await measure_parity(conn, wave, self._old_path)
+
         async def commands(conn: Conn) -> Mapping[str, Sample]:
             return await measure_commands(conn, wave, sides, rungs, rung, since, now)
 
@@ -172,6 +176,7 @@ class Measurer:
         families: list[tuple[str, Callable[[Conn], Awaitable[Mapping[str, Sample]]], Any]] = [
             ("telemetry.completeness", completeness, self._telemetry_stale),
             ("telemetry.delay", delays, self._telemetry_stale),
+            ("parity.", parity, self._telemetry_stale),
             ("commands.", commands, self._commands_stale),
             ("connections.flapping", flapping, self._presence_stale),
             ("connections.rate", rate, self._presence_stale),
