@@ -384,7 +384,7 @@ async def test_every_command_ends_by_expiry_and_grace_whatever_its_device_does(c
 async def test_what_cannot_be_a_command_is_refused(ctx: Context) -> None:
     await registered(ctx, "car-1")
     wrong: list[tuple[dict[str, Any], type[Exception], str]] = [
-        ({"device": "nobody"}, NotFound, "not registered"),
+        ({"device": "nobody"}, NotFound, "does not exist"),
         ({"device": "a b"}, BadInput, "device id"),
         ({"name": "-x"}, BadInput, "command name"),
         ({"params": {"a": "x" * 70_000}}, BadInput, "at most 65536"),
@@ -410,6 +410,45 @@ async def test_an_id_of_one_s_own_makes_creation_repeatable(ctx: Context) -> Non
     assert again == first and first.id == own
     with pytest.raises(Conflict, match="taken by another"):
         await commands.create_command(ctx, "car-2", "lock", id=own)
+
+
+async def test_commands_asked_for_at_once_are_queued_together_and_fail_each_alone(ctx: Context) -> None:
+    """One transaction for those that gather while another is under way; an error is only its asker's."""
+    await registered(ctx, "lamp")
+    intake = commands.Intake(ctx)
+    own_id = "0190d1d8-0000-7000-8000-000000000001"
+
+    def asked(tenant: str | None = None, **fields: Any) -> commands.Asked:
+        return commands.Asked(
+            commands.NewCommand(**{"device": "lamp", "name": "blink", **fields}), "me", tenant
+        )
+
+    wanted = [
+        *(asked(params={"n": n}) for n in range(30)),
+        asked(device="nobody"),
+        asked(tenant="another"),
+        asked(tenant="t1", params={"n": "own tenant"}),
+        asked(id=own_id),
+        asked(id=own_id, name="other"),
+        asked(params={"text": "a null character \x00 cannot be stored"}),
+    ]
+    results = await asyncio.gather(*(intake.create(one) for one in wanted), return_exceptions=True)
+    made = [one for one in results if isinstance(one, Command)]
+    assert [one.params.get("n") for one in made] == [*range(30), "own tenant", None]
+    others = [(type(one).__name__, str(one)) for one in results if not isinstance(one, Command)]
+    assert [name for name, _ in others] == ["NotFound", "NotFound", "Conflict", "BadInput"], others
+    assert len({one.id for one in made}) == 32
+    async with ctx.pool.acquire() as conn:
+        stored = await store.get_many(conn, [one.id for one in made])
+        assert stored == {one.id: one for one in made}
+        together = await conn.fetchval("SELECT count(DISTINCT xmin::text) FROM command")
+    assert together <= 32
+    with pytest.raises(BadInput):
+        await intake.create(asked(name=""))
+    await asyncio.gather(*(intake.create(asked()) for _ in range(50)))
+    async with ctx.pool.acquire() as conn:
+        last = await conn.fetch("SELECT xmin::text FROM command ORDER BY id DESC LIMIT 50")
+    assert len({row["xmin"] for row in last}) <= 2
 
 
 async def test_a_device_s_commands_are_listed_newest_first_in_pages(ctx: Context) -> None:

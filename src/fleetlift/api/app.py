@@ -25,8 +25,9 @@ from fleetlift.api import (
     shadows,
     telemetry,
 )
-from fleetlift.api.auth import BearerAuthentication, require_role
+from fleetlift.api.auth import BearerAuthentication
 from fleetlift.api.wire import Services
+from fleetlift.backend.commands import Intake
 from fleetlift.backend.context import Context
 from fleetlift.backend.tokens import TokenVerifier
 from fleetlift.config import split_address
@@ -39,8 +40,11 @@ BODY_BYTES_MAX = 1024 * 1024
 CLOSING_S = 5.0  # how long answers under way may take once the server is told to stop
 
 
-def plain_headers(response: Response[Any]) -> Response[Any]:
-    """No answer is guessed at by a browser or kept by a cache: they hold a fleet's data."""
+async def plain_headers(response: Response[Any]) -> Response[Any]:
+    """No answer is guessed at by a browser or kept by a cache: they hold a fleet's data.
+
+    A coroutine though it awaits nothing: Litestar hands plain functions to a thread, for each request.
+    """
     response.headers.setdefault("x-content-type-options", "nosniff")
     response.headers.setdefault("cache-control", "no-store")
     return response
@@ -76,7 +80,6 @@ def make_app(found: Services) -> Litestar:
             # Without the second of these OPTIONS would pass unauthenticated, and fail for want of a caller.
             DefineMiddleware(BearerAuthentication, exclude_from_auth_key="open", exclude_http_methods=()),
         ],
-        guards=[require_role],
         exception_handlers={Exception: problems.answer},
         after_request=plain_headers,
         before_send=[whole_allow],
@@ -127,7 +130,12 @@ async def run(ctx: Context) -> None:
                 open_pool(ctx.settings.engine_url, name="api engine", size=5)
             )
         found = Services(
-            ctx=ctx, pool=ctx.pool, engine=engine, verifier=TokenVerifier(ctx.pool), started_at=time.time()
+            ctx=ctx,
+            pool=ctx.pool,
+            engine=engine,
+            verifier=TokenVerifier(ctx.pool),
+            intake=Intake(ctx),
+            started_at=time.time(),
         )
         server = Server(server_config(make_app(found), ctx))
 

@@ -12,7 +12,7 @@ from litestar.exceptions import NotAuthorizedException
 from litestar.handlers import BaseRouteHandler
 from litestar.middleware import AbstractAuthenticationMiddleware, AuthenticationResult
 
-from fleetlift.backend.tokens import Role
+from fleetlift.backend.tokens import Principal, Role
 from fleetlift.core.errors import Forbidden
 
 VIEWER: dict[str, Any] = {"role": Role.VIEWER}
@@ -28,7 +28,11 @@ def bearer_of(headers: Mapping[str, str]) -> str:
 
 
 class BearerAuthentication(AbstractAuthenticationMiddleware):
-    """Takes the bearer token of a request (RFC 6750, 2.1) and finds whose it is."""
+    """Takes the bearer token of a request (RFC 6750, 2.1), finds whose it is and whether the role is enough.
+
+    The role is looked at here and not in one of Litestar's guards: for a guard it copies the whole handler,
+    at every request.
+    """
 
     async def authenticate_request(
         self, connection: ASGIConnection[Any, Any, Any, Any]
@@ -36,17 +40,16 @@ class BearerAuthentication(AbstractAuthenticationMiddleware):
         if text := bearer_of(connection.headers):
             principal = await connection.app.state["services"].verifier.verify(text)
             if principal is not None:
+                require_role(principal, connection.route_handler)
                 return AuthenticationResult(user=principal, auth=None)
         raise NotAuthorizedException("a valid token is needed")
 
 
-def require_role(connection: ASGIConnection[Any, Any, Any, Any], handler: BaseRouteHandler) -> None:
-    """Litestar guard: Forbidden unless the caller's role includes the one that the route needs."""
-    if handler.opt.get("open"):
-        return
+def require_role(principal: Principal, handler: BaseRouteHandler) -> None:
+    """Forbidden unless the caller's role includes the one that the route needs."""
     needed: Role = handler.opt.get("role", Role.ADMIN)
-    if not connection.user.role.includes(needed):
+    if not principal.role.includes(needed):
         raise Forbidden(
-            f"This needs the role {needed.value}; token {connection.user.name!r} has "
-            f"{connection.user.role.value}. Ask an administrator for another token."
+            f"This needs the role {needed.value}; token {principal.name!r} has "
+            f"{principal.role.value}. Ask an administrator for another token."
         )

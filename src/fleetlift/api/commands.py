@@ -100,14 +100,11 @@ def shown(command: Command) -> CommandOut:
 @post("/devices/{device:str}/commands", opt=OPERATOR, status_code=202, summary="Send a command")
 async def send_command(request: Call, device: FromPath[str], data: JSONBody[CommandIn]) -> CommandOut:
     """By the paths that the device's migration names; both sides when it is under way."""
-    found = services(request)
-    async with found.pool.acquire() as conn:
-        await registry.get_device(conn, device, tenant=request.user.tenant)
-    return shown(
-        await commands.create_command(
-            found.ctx, device, data.name, data.params, data.expires_in, data.mode, request.user.name
-        )
+    new = commands.NewCommand(
+        device=device, name=data.name, params=data.params, expires_in_s=data.expires_in, mode=data.mode
     )
+    asked = commands.Asked(new, request.user.name, request.user.tenant)
+    return shown(await services(request).intake.create(asked))
 
 
 @get("/devices/{device:str}/commands", opt=VIEWER, summary="List a device's commands")

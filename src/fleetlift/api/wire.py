@@ -9,6 +9,7 @@ from litestar import Request
 from litestar.datastructures import State
 from litestar.params import QueryParameter
 
+from fleetlift.backend.commands import Intake
 from fleetlift.backend.context import Context
 from fleetlift.backend.tokens import Principal, TokenVerifier
 from fleetlift.core.errors import BadInput
@@ -35,6 +36,7 @@ class Services(msgspec.Struct, frozen=True, kw_only=True):
     pool: Pool
     engine: Pool
     verifier: TokenVerifier
+    intake: Intake
     started_at: float
 
 

@@ -19,6 +19,7 @@ import msgspec
 from fleetlift.backend.context import Context
 from fleetlift.backend.follow import Message, Then, follow, until_stopped
 from fleetlift.backend.shadows import Services
+from fleetlift.bus.publish import ToDevice
 from fleetlift.core.command import (
     EXPIRES_IN_S_DEFAULT,
     GRACE_S,
@@ -38,7 +39,7 @@ from fleetlift.core.command import (
     retry_due,
     uuid7,
 )
-from fleetlift.core.errors import BadInput, Conflict, NotFound
+from fleetlift.core.errors import BadInput, Conflict, FleetError, NotFound
 from fleetlift.core.identity import DEVICE_ID, checked_device_id
 from fleetlift.core.jsonvalue import JsonObject
 from fleetlift.log import get_logger
@@ -107,35 +108,127 @@ async def create_command(
 async def create_commands(ctx: Services, new: Sequence[NewCommand], principal: str = "") -> list[Command]:
     """The same for many commands, in one transaction: all are queued, or none."""
     for one in new:
-        checked_device_id(one.device)
-        checked_name(one.name)
-        checked_params(one.params)
-        checked_expiry(one.expires_in_s)
-        if one.mode not in tuple(Mode):
-            raise BadInput(f"command mode {one.mode!r}: use execute or dry-run")
-        if one.id is not None and not _is_uuid(one.id):
-            raise BadInput(f"command id {one.id!r}: use a UUID in its usual form, in lower case")
-    now = round(time.time(), 6)  # as exact as the database keeps it: what is returned is what is stored
+        _check(one)
     async with ctx.pool.acquire() as conn, conn.transaction():
-        routes = await store.routes(conn, [one.device for one in new])
-        commands = []
-        for one in new:
-            if (route := routes.get(one.device)) is None:
-                raise NotFound(f"device {one.device} is not registered: create it first")
-            commands.append(_command(one, route, principal, now))
+        made = [_or_raised(one) for one in await _make(conn, [Asked(one, principal) for one in new])]
+    await _wake(ctx)
+    return made
+
+
+class Asked(msgspec.Struct, frozen=True):
+    """A command with who asks for it. `tenant` not None: only for a device of that tenant."""
+
+    new: NewCommand
+    principal: str
+    tenant: str | None = None
+
+
+class Intake:
+    """Takes single commands from many callers, and queues those that come together in one transaction.
+
+    While one transaction is under way the next group gathers, so nobody waits for company that may not come.
+    Each caller gets its own command, or its own error.
+    """
+
+    def __init__(self, ctx: Services) -> None:
+        self._ctx = ctx
+        self._waiting: list[tuple[Asked, asyncio.Future[Command]]] = []
+        self._work: asyncio.Task[None] | None = None
+
+    async def create(self, asked: Asked) -> Command:
+        """As `create_command`; NotFound also for a device of another tenant than `asked.tenant`."""
+        _check(asked.new)
+        future: asyncio.Future[Command] = asyncio.get_running_loop().create_future()
+        self._waiting.append((asked, future))
+        if self._work is None or self._work.done():
+            self._work = asyncio.create_task(self._work_off(), name="command intake")
+        return await future
+
+    async def _work_off(self) -> None:
+        while self._waiting:
+            group, self._waiting = self._waiting[:_SEND_MAX], self._waiting[_SEND_MAX:]
+            try:
+                await self._group(group)
+            except Exception as problem:  # whatever it is, nobody is left waiting
+                for _, future in group:
+                    if not future.done():
+                        future.set_exception(problem)
+
+    async def _group(self, group: Sequence[tuple[Asked, asyncio.Future[Command]]]) -> None:
+        made: list[Command | FleetError]
         try:
-            await store.insert(conn, commands)
-        except asyncpg.DataError as error:
-            raise BadInput(f"command: cannot be stored ({error})") from error
-        given = [command.id for command, one in zip(commands, new, strict=True) if one.id is not None]
-        known = await store.get_many(conn, given) if given else {}
+            async with self._ctx.pool.acquire() as conn, conn.transaction():
+                made = await _make(conn, [asked for asked, _ in group])
+        except BadInput as refused:
+            if len(group) > 1:  # the database refuses one of them: find out which
+                for one in group:
+                    await self._group([one])
+                return
+            made = [refused]
+        await _wake(self._ctx)
+        for (_, future), result in zip(group, made, strict=True):
+            if future.done():  # its caller has gone away
+                continue
+            if isinstance(result, Command):
+                future.set_result(result)
+            else:
+                future.set_exception(result)
+
+
+def _check(new: NewCommand) -> None:
+    checked_device_id(new.device)
+    checked_name(new.name)
+    checked_params(new.params)
+    checked_expiry(new.expires_in_s)
+    if new.mode not in tuple(Mode):
+        raise BadInput(f"command mode {new.mode!r}: use execute or dry-run")
+    if new.id is not None and not _is_uuid(new.id):
+        raise BadInput(f"command id {new.id!r}: use a UUID in its usual form, in lower case")
+
+
+async def _make(conn: Conn, asked: Sequence[Asked]) -> list[Command | FleetError]:
+    """Store commands in the caller's transaction; each as it is stored, or why it is not.
+
+    Raises BadInput when the database refuses one of them: then none is stored.
+    """
+    now = round(time.time(), 6)  # as exact as the database keeps it: what is returned is what is stored
+    routes = await store.routes(conn, [one.new.device for one in asked])
+    made: list[Command | FleetError] = []
+    for one in asked:
+        route = routes.get(one.new.device)
+        if route is None or one.tenant not in (None, route.tenant):
+            made.append(NotFound(f"device {one.new.device!r} does not exist: create it, or check its id"))
+        else:
+            made.append(_command(one.new, route, one.principal, now))
+    commands: dict[str, Command] = {}  # the first of those that name the same id
+    for command in made:
+        if isinstance(command, Command):
+            commands.setdefault(command.id, command)
+    try:
+        await store.insert(conn, list(commands.values()))
+    except asyncpg.DataError as error:
+        raise BadInput(f"command: cannot be stored ({error})") from error
+    given = [one.new.id for one in asked if one.new.id is not None]
+    known = await store.get_many(conn, given) if given else {}
+    for n, one in enumerate(asked):
+        if isinstance(made[n], FleetError) or (earlier := known.get(one.new.id or "")) is None:
+            continue
+        if (earlier.device, earlier.name) == (one.new.device, one.new.name):
+            made[n] = earlier
+        else:
+            made[n] = Conflict(f"command id {one.new.id} is taken by another command: use a new one")
+    return made
+
+
+def _or_raised(made: Command | FleetError) -> Command:
+    if isinstance(made, FleetError):
+        raise made
+    return made
+
+
+async def _wake(ctx: Services) -> None:
     with contextlib.suppress(Exception):  # without the word, the next sweep finds it
         await ctx.nc.publish(WAKE, b"")
-    made = [known.get(command.id, command) for command in commands]
-    for command, one in zip(made, new, strict=True):
-        if (command.device, command.name) != (one.device, one.name):
-            raise Conflict(f"command id {command.id} is taken by another command: use a new one")
-    return made
 
 
 async def get_command(ctx: Services, command: str) -> Command:
@@ -284,19 +377,17 @@ class _Request(msgspec.Struct, frozen=True):
 
 async def _send(ctx: Services, copies: Sequence[store.Outgoing]) -> None:
     """Publish copies. One that fails stays marked as sent, and is repeated as if it had got lost."""
-    results = await asyncio.gather(
-        *(
-            ctx.publisher.to_device(
+    lost = await ctx.publisher.to_devices(
+        [
+            ToDevice(
                 f"$aws/commands/things/{one.device}/executions/{one.id}/request/json",
                 msgspec.json.encode(_Request(one.name, one.params, one.mode, one.expires_at)),
             )
             for one in copies
-        ),
-        return_exceptions=True,
+        ]
     )
-    failures = [problem for problem in results if isinstance(problem, BaseException)]
-    if failures:
-        log.warning("command_copies_lost", count=len(failures), reason=str(failures[0]))
+    if lost:
+        log.warning("command_copies_lost", reason=lost)
 
 
 # -- answers -------------------------------------------------------------------------------------------
@@ -351,10 +442,14 @@ async def _record(conn: Conn, messages: Sequence[Message]) -> list[_Told]:
 
 async def _tell(ctx: Services, told: Sequence[_Told]) -> None:
     """Say to devices whether their answers were taken: live only, since nothing hangs on it."""
-    for one in told:
-        verdict = "accepted" if isinstance(one.body, _Accepted) else "rejected"
-        subject = (
-            f"$aws.commands.things.{one.device}.executions.{one.body.execution_id}.response.{verdict}.json"
-        )
-        if not {" ", "\t", "*", ">"} & set(subject):
-            await ctx.nc.publish(subject, msgspec.json.encode(one.body))
+    await ctx.publisher.to_devices(
+        [
+            ToDevice(
+                f"$aws/commands/things/{one.device}/executions/{one.body.execution_id}/response/"
+                f"{'accepted' if isinstance(one.body, _Accepted) else 'rejected'}/json",
+                msgspec.json.encode(one.body),
+                stored=False,
+            )
+            for one in told
+        ]
+    )
