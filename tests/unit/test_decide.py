@@ -550,6 +550,26 @@ def test_an_emergency_revert_by_the_journal_is_taken_in() -> None:
     assert p.on_new() == set()
 
 
+def test_an_emergency_repeated_is_one_revert() -> None:
+    """Who uses the journal twice, because the first time not all answered, sends nothing back twice."""
+    p = Pretend(plan(), 10)
+    p.until_wave(1, 2)
+    p.ask(RequestKind.EMERGENCY, epoch=500)
+    p.ask(RequestKind.EMERGENCY, epoch=600)
+    told = len(p.tells)
+    p.until(Phase.REVERTED)
+    assert len(p.tells) - told == 5 and {tell.rung for tell in p.tells[told:]} == {0}
+    p.ask(RequestKind.EMERGENCY, epoch=700)
+    p.step()
+    assert p.state.phase is Phase.REVERTED and p.state.epoch == 700
+    assert [k for k in p.kinds() if "emergency" in k or k == "migration_reverted"] == [
+        "emergency_taken_in",
+        "emergency_repeated",
+        "migration_reverted",
+        "emergency_repeated",
+    ]
+
+
 def test_devices_that_obey_somebody_elses_order_back_are_not_fought_over() -> None:
     p = Pretend(plan(), 20)
     p.until_wave(1, 3)

@@ -175,7 +175,13 @@ def _emergency(round_: Round, request: Request) -> str | None:
     epoch = request.args.get("epoch")
     if isinstance(epoch, int):
         round_.change(epoch=max(round_.state.epoch, epoch))
-    round_.revert_all("reverted by the journal, outside the controller", "emergency_taken_in", request.actor)
+    if round_.state.phase in (Phase.REVERTING, Phase.REVERTED):
+        # The journal may be used as often as one likes: there is nothing more to send back.
+        text = f"reverted by the journal once more; the migration was {round_.state.phase} already"
+        round_.note("emergency_repeated", text, request.actor, epoch=epoch)
+    else:
+        reason = "reverted by the journal, outside the controller"
+        round_.revert_all(reason, "emergency_taken_in", request.actor)
     return None
 
 
