@@ -11,6 +11,8 @@ from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 from typing import Protocol, cast
 
+import msgspec
+
 from benchmarks import machine, runs, tables
 from benchmarks.bench import Bench
 from benchmarks.figures import BenchFailed, Figure, Measured, Result, result
@@ -28,6 +30,9 @@ BENCHES = (
     "simulation_speedup",
     "serve",
 )
+
+
+QUIET_WITHIN_S = 15  # what the bench before has left running gets this long to end
 
 
 class BenchModule(Protocol):
@@ -94,8 +99,10 @@ def run_all(
             facts = facts or machine.look(directory)
             bench = Bench(name, directory, quick=quick)
             bench.earlier = {r.name: r for r in results}
+            bench.progress("waiting for a quiet machine")
+            busy = machine.quiet(1 if quick else QUIET_WITHIN_S)
             try:
-                results += asyncio.run(measure(bench, known[name]))
+                results += _checked(asyncio.run(measure(bench, known[name])), busy)
             except BenchFailed as problem:
                 failed[name] = str(problem)
             except Exception as problem:
@@ -109,14 +116,20 @@ def run_all(
     return runs.Run(at=at, quick=quick, machine=facts, figures=results, profiles=profiles, failed=failed)
 
 
+def _checked(results: list[Result], busy_cores: float) -> list[Result]:
+    """The same, not to be counted when the machine was busy before anything was measured."""
+    if busy_cores <= machine.BUSY_MAX_CORES:
+        return results
+    why = f"the machine was busy already: {busy_cores:g} cores"
+    return [r if r.invalid else msgspec.structs.replace(r, invalid=why) for r in results]
+
+
 def show(run: runs.Run) -> None:
     """Print what a run found."""
     if run.machine is not None:
         m = run.machine
         print(f"{m.cores} cores of {m.cpu}, {m.memory_gb:g} GB, kernel {m.kernel}, {m.filesystem}")
         print(f"Python {m.python}, PostgreSQL {m.postgresql}, NATS Server {m.nats_server}, at {m.commit}")
-        if m.busy_cores > 0.2:
-            print(f"! The machine was busy before the first bench: {m.busy_cores:g} cores. Figures suffer.")
         print()
     if run.profiles:
         print("Where the time goes\n")

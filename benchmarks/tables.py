@@ -4,6 +4,7 @@ import textwrap
 from collections.abc import Iterable, Sequence
 
 from benchmarks.figures import Result
+from benchmarks.machine import BUSY_MAX_CORES
 from benchmarks.processes import Profile
 from benchmarks.runs import Run
 
@@ -107,7 +108,7 @@ def _warnings(before: Run, after: Run) -> Iterable[str]:
     for run in (before, after):
         if run.quick:
             yield f"{run.at} was a quick run: do not read much into it."
-        if run.machine is not None and run.machine.busy_cores > 0.2:
+        if run.machine is not None and run.machine.busy_cores > BUSY_MAX_CORES:
             yield f"{run.at}: the machine was busy already ({number(run.machine.busy_cores)} cores)."
     one, two = before.machine, after.machine
     if one is not None and two is not None:

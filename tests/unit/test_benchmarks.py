@@ -73,6 +73,7 @@ def known(monkeypatch: pytest.MonkeyPatch) -> dict[str, command.BenchModule]:
     }
     monkeypatch.setattr(command, "modules", lambda: found)
     monkeypatch.setattr(machine, "look", lambda scratch: MACHINE)
+    monkeypatch.setattr(machine, "quiet", lambda within_s: 0.1)
     return found
 
 
@@ -201,6 +202,16 @@ def test_an_invalid_run_fails_and_says_why(
     assert "does not count: the generator itself was late" in said
     latest = msgspec.json.decode((tmp_path / runs.LATEST).read_bytes())
     assert [line["name"] for line in latest] == ["delay_s"]
+
+
+def test_a_busy_machine_makes_every_value_invalid(
+    known: dict[str, command.BenchModule], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(machine, "quiet", lambda within_s: 1.4)
+    assert command.main(["--directory", str(tmp_path)]) == 1
+    kept = runs.load(runs.names(tmp_path)[0], tmp_path)
+    assert [r.invalid for r in kept.figures] == ["the machine was busy already: 1.4 cores"] * 3
+    assert msgspec.json.decode((tmp_path / runs.LATEST).read_bytes()) == []
 
 
 # -- what is shown ----------------------------------------------------------------------------------------
