@@ -422,3 +422,20 @@ def test_what_may_differ_is_read_and_what_makes_no_sense_is_refused_with_its_lin
 def test_the_page_on_plans_lists_every_key() -> None:
     for key in {*planfile._TOP, *planfile._STEP, "tenant", "where", "updatable", "canaries"}:
         assert f"`{key}`" in PAGE, key
+
+
+@pytest.mark.parametrize("missing", ["migration", "fleet", "from", "to", "steps"])
+def test_a_missing_key_is_told_though_another_one_sounds_like_it(missing: str) -> None:
+    """`lever` is near enough to `fleet` to be taken for its misspelling, and is a key of its own."""
+    lines = {
+        "migration": "migration: m",
+        "fleet": "fleet: {tenant: t}",
+        "from": 'from: {legacy: "tcp://127.0.0.1:1"}',
+        "to": "to: {fleetlift: default}",
+        "lever": "lever: flag",
+        "steps": "steps: [{move: telemetry, waves: [100%], bake: 1s}]",
+    }
+    text = "\n".join(line for key, line in lines.items() if key != missing)
+    with pytest.raises(BadPlan) as caught:
+        parse_plan(text, side_kinds=("legacy", "fleetlift"))
+    assert [(p.key, p.text) for p in caught.value.problems] == [(missing, "is missing")]

@@ -69,6 +69,7 @@ KINDS: dict[type[Exception], Kind] = {
     SerializationException: BAD_INPUT,
     msgspec.ValidationError: BAD_INPUT,
     msgspec.DecodeError: BAD_INPUT,
+    UnicodeDecodeError: BAD_INPUT,  # what msgspec raises for JSON in another encoding than UTF-8
     asyncpg.CharacterNotInRepertoireError: BAD_INPUT,
     asyncpg.UntranslatableCharacterError: BAD_INPUT,
     RecursionError: BAD_INPUT,  # JSON nested deeper than any document of ours
@@ -131,6 +132,8 @@ def problem(exc: Exception, path: str) -> dict[str, Any]:
         detail = "; ".join(f"{e['field']}: {e['message']}" for e in errors)
     elif isinstance(exc, asyncpg.PostgresError) and kind is BAD_INPUT:
         detail = "A text holds a character that cannot be stored, such as NUL."
+    elif isinstance(exc, UnicodeDecodeError):
+        detail = f"The body is not UTF-8 text: byte {exc.start} of a text in it is not."
     elif isinstance(exc, RecursionError):
         detail = "The document is nested too deeply."
     elif isinstance(exc, SerializationException) or kind is BAD_INPUT:

@@ -75,7 +75,7 @@ async def put_devices(
     them takes microseconds instead of the 20 ms that a password from outside needs. `make_tenants` creates
     tenants that are missing. Raises BadInput, NotFound (tenant) or Conflict (a device of another tenant).
     """
-    rows = [_checked(device) for device in new]
+    rows = [checked(device) for device in new]
     if len({row.id for row in rows}) != len(rows):
         raise BadInput("a device is named twice: name each device once")
     secrets = [(d.id, n, c) for d in new for n, c in enumerate(d.credentials or ())]
@@ -203,7 +203,7 @@ def _condition(text: str) -> conditions.Expression:
     return conditions.parse(text) if text.strip() else conditions.EVERYTHING
 
 
-def _checked(device: NewDevice) -> DeviceRow:
+def checked(device: NewDevice) -> DeviceRow:
     checked_device_id(device.id)
     checked_tenant_id(device.tenant)
     if device.dialect not in _DIALECTS:

@@ -13,7 +13,7 @@ STREAM = "$MQTT_msgs"
 STORED = "$MQTT.msgs."  # what stands before the subject of a message in the stream
 TOPIC_BYTES_MAX = 4096
 
-_REFUSED = re.compile(r"[ \t\r\n\f\x00\x7f]")
+_REFUSED = re.compile(r"[ \t\r\n\f\x00\x7f\ud800-\udfff]")  # the last: halves of a sign, not UTF-8
 
 
 def to_subject(topic: str) -> str:

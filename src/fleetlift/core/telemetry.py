@@ -90,7 +90,7 @@ def parse(topic: str, headers: Mapping[str, str] | None, payload: bytes, at: flo
         kind, _, rest = topic.partition("/")
         if kind == "feed":
             path, _, rest = rest.partition("/")
-            if not path or path == MQTT_PATH:
+            if not path or path == MQTT_PATH or not _storable(path):
                 path = path or "feed"
                 raise _Refused("topic: expected feed/{side}/{device}/{channel}")
         elif kind != "dt":

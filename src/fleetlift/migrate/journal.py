@@ -93,7 +93,7 @@ def read(path: Path) -> Iterable[Record | None]:
             if line.strip():
                 try:
                     yield _decode(line)
-                except msgspec.MsgspecError:
+                except (ValueError, RecursionError):  # also bytes that are no text
                     yield None
 
 

@@ -620,9 +620,10 @@ class _Reader:
     def _needed(
         self, node: yaml.Node, parts: Mapping[str, yaml.Node], needed: tuple[str, ...], key: str
     ) -> None:
+        complained_of = {problem.key for problem in self.problems}
         for name in needed:
             # A key that looks like a misspelt one is complained of already, with the right spelling.
-            others = (other for other in parts if other not in needed)
+            others = (other for other in parts if _join(key, other) in complained_of)
             misspelt = any(repr(name) in did_you_mean(other, needed) for other in others)
             if name not in parts and not misspelt:
                 self._wrong(node, _join(key, name), "is missing")

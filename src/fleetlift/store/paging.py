@@ -38,6 +38,16 @@ def from_cursor(text: str, shape: type[T]) -> T:
         if len(text) > 4096:
             raise ValueError("too long")
         raw = urlsafe_b64decode(text + "=" * (-len(text) % 4))
-        return msgspec.json.decode(raw, type=shape)
-    except (ValueError, msgspec.MsgspecError):
+        key = msgspec.json.decode(raw, type=shape)
+        if not all(map(_fits, key)):  # type: ignore[call-overload]
+            raise ValueError("no key of ours")
+        return key
+    except (ValueError, RecursionError):
         raise BadInput("after: not a cursor; use the `next` of the page before, or leave it out") from None
+
+
+def _fits(part: object) -> bool:
+    """Whether PostgreSQL can compare a column with it."""
+    if isinstance(part, int):
+        return -(2**63) <= part < 2**63
+    return not isinstance(part, str) or "\x00" not in part
