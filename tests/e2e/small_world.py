@@ -10,6 +10,7 @@ from typing import Any
 import asyncpg
 import httpx
 
+from fault_proxy import FaultProxy
 from fleetlift.core.ranges import RangeSet
 from fleetlift.device.agent import AgentSettings
 from fleetlift.device.fleet import DeviceSpec, Fleet
@@ -19,6 +20,22 @@ from fleetlift.store import ledger
 from fleetlift.testing import RunningBackend, running_backend
 
 QUICK = AgentSettings(backoff_s=0.1, backoff_max_s=1.0, linger_s=0.3, health_every_s=1.0, retry_legs_s=1.0)
+
+
+class Links:
+    """A fault proxy on each link: the devices' to both sides, and the engine's to the old side."""
+
+    def __init__(self, devices_old: FaultProxy, devices_new: FaultProxy, engine_old: FaultProxy) -> None:
+        self.devices_old, self.devices_new, self.engine_old = devices_old, devices_new, engine_old
+
+    @property
+    def old_side(self) -> tuple[FaultProxy, ...]:
+        return self.devices_old, self.engine_old
+
+    @property
+    def all(self) -> tuple[FaultProxy, ...]:
+        return self.devices_old, self.devices_new, self.engine_old
+
 
 PLAN = """
 migration: small
@@ -56,6 +73,7 @@ class World:
     def __init__(self, legacy: LegacyServer, backend: RunningBackend, fleet: Fleet, plan: str) -> None:
         self.legacy, self.backend, self.fleet, self.plan = legacy, backend, fleet, plan
         self.commands: list[str] = []
+        self.links: Links | None = None
 
     @property
     def devices(self) -> list[str]:
@@ -177,10 +195,13 @@ async def small_world(
     environment: Mapping[str, str] | None = None,
     commanded: bool = True,
     tls: bool = False,
+    proxied: bool = False,
+    settings: AgentSettings = QUICK,
 ) -> AsyncIterator[World]:
     """Legacy server, backend and fleet, all running; `car-0` has hardware 1, the others 2.
 
-    With `tls` the backend takes devices by TLS only, with a certificate of its own authority.
+    With `tls` the backend takes devices by TLS only, with a certificate of its own authority. With `proxied`
+    there is a fault proxy on every link, in `links`.
     """
     listen: dict[str, Any] = {"mqtt": "", "arguments": ["--mqtts", "127.0.0.1:0"]} if tls else {}
     keys = {f"car-{n}": f"not-a-real-key-of-car-{n}" for n in range(devices)}
@@ -191,16 +212,25 @@ async def small_world(
         backend = await stack.enter_async_context(
             running_backend(directory / "backend", environment=environment or {}, **listen)
         )
+        links: Links | None = None
+        if proxied:
+            targets = (legacy.address, backend.mqtt, legacy.address)
+            links = Links(*[await stack.enter_async_context(FaultProxy(target)) for target in targets])
         fleet = Fleet(
             [DeviceSpec(d, key, attributes[d], None, (misbehaving or {}).get(d)) for d, key in keys.items()],
-            old=legacy.address,
+            old=links.devices_old.address if links else legacy.address,
             state_dir=directory / "devices",
-            settings=QUICK,
+            settings=settings,
         )
         await fleet.start()
         stack.push_async_callback(fleet.stop)
-        plan = PLAN.format(url=legacy.url, key_file=directory / "legacy" / "owner.key", where="")
+        url = links.engine_old.url if links else legacy.url
+        plan = PLAN.format(url=url, key_file=directory / "legacy" / "owner.key", where="")
+        if links:
+            host, port = links.devices_new.address
+            plan = plan.replace("to: {fleetlift: default}", f'to: {{fleetlift: "mqtt://{host}:{port}"}}')
         world = World(legacy, backend, fleet, plan)
+        world.links = links
         tasks = [asyncio.create_task(_drive(world))]
         if commanded:
             tasks.append(asyncio.create_task(_command(world)))
