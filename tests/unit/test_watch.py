@@ -12,7 +12,7 @@ from status_examples import BIG, EXAMPLES, FINISHED, HELD, RUNNING, T0
 
 from fleetlift.cli.watch import EVENT_SIGNS, figure, render, spark, stopwatch
 from fleetlift.core import decide, requests, round
-from fleetlift.core.migration import Phase, WavePhase
+from fleetlift.core.migration import Phase, Verdict, WavePhase
 from fleetlift.core.status import MigrationStatus, from_document, to_document
 from fleetlift.migrate import controller
 
@@ -74,6 +74,14 @@ def test_gates_that_do_not_hold_are_never_the_ones_left_out() -> None:
     )
     text = shown(many, 80, 24)
     assert "✗ revert" in text and "more that hold" in text
+
+
+def test_a_gate_that_is_not_decided_looks_neither_like_a_breach_nor_like_missing_data() -> None:
+    """By sign and by word, not by colour alone."""
+    gate = replace(RUNNING.gates[0], verdict=Verdict.HOLD, undecided=True, why="needs 110 more commands")
+    text = shown(replace(RUNNING, gates=(gate, HELD.gates[1])), 100, 30)
+    assert "◷ not yet" in text and "needs 110 more commands" in text
+    assert "! hold" in text and "no data" in text and "✗" not in text
 
 
 def test_many_stragglers_are_counted_and_where_to_read_them_is_said() -> None:

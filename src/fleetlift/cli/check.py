@@ -69,9 +69,22 @@ def waves(rungs: Sequence[Mapping[str, Any]]) -> list[Text]:
             else:
                 steps.append(f"{wave['label']} -   ", style=FAINT)
         shown.append(steps)
+        forecasts = {one["gate"]: one for one in rung.get("forecasts", ())}
         for gate in rung["gates"]:
-            shown.append(Text(f"   gate {gate}", style=FAINT))
+            line = Text(f"   gate {gate}", style=FAINT)
+            if gate in forecasts:
+                line.append(f"  {soonest(forecasts[gate])}", style=FAINT)
+            shown.append(line)
     return shown
+
+
+def soonest(one: Mapping[str, Any]) -> str:
+    """When a gate can be decided, if nothing goes wrong: of the slowest wave."""
+    if one["least"] is None:
+        return "never sure"
+    known = [seconds for seconds in one["waves_s"] if seconds is not None]
+    needs = f"sure after {one['least']:,} {one['counts']}"
+    return f"{needs}, {span(min(known))} to {span(max(known))}" if known else needs
 
 
 def wrapped(names: Sequence[str], width: int) -> list[Text]:

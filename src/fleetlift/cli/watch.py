@@ -27,6 +27,7 @@ MARKS = {
     Mark.RETURNED: ("↩", BAD),
 }
 VERDICTS = {Verdict.ADVANCE: ("✓", GOOD), Verdict.HOLD: ("!", WARN), Verdict.REVERT: ("✗", BAD)}
+UNDECIDED = ("◷", LIVE)  # measured, but too little of it to be sure: a hold that is nobody's fault
 DONE = (Phase.FINISHED, Phase.REVERTED, Phase.RELEASED)
 # what the audit log notes → mark and style; kinds that are not here are shown with a dot
 EVENT_SIGNS: Mapping[str, tuple[str, str]] = {
@@ -331,11 +332,12 @@ def gates(results: Sequence[GateResult], width: int, rows: int) -> list[Text]:
     name_width = min(max(len(g.gate) for g in ordered), max(16, width - 44))
     lines = []
     for g in ordered:
-        mark, style = VERDICTS[g.verdict]
+        mark, style = UNDECIDED if g.undecided else VERDICTS[g.verdict]
+        word = "not yet" if g.undecided else g.verdict.value
         value = "no data" if g.value is None else figure(g.value, g.unit)
         name = g.gate if len(g.gate) <= name_width else g.gate[: name_width - 1] + "…"
         parts: list[Span | str] = [
-            Span(f"{mark} {g.verdict.value:<8}", style),
+            Span(f"{mark} {word:<8}", style),
             f"{name:<{name_width}}  ",
             Span(f"{value:>11}", f"bold {style}"),
             Span(f"  limit {figure(g.limit, g.unit)}" if g.limit is not None else "", FAINT),

@@ -48,14 +48,16 @@ def share_at_most(n: float, x: float, p0: float, alpha: float) -> bool:
     """Whether `x` of `n` show that the mean rate was not above `p0`."""
     if n <= 0 or p0 <= 0 or x / n >= p0:
         return p0 >= 1
-    return p0 >= 1 or _less(n, x, p0) >= -math.log(alpha)
+    enough = -math.log(alpha)
+    return p0 >= 1 or (_best(n, x, p0) >= enough and _less(n, x, p0) >= enough)
 
 
 def share_above(n: float, x: float, p0: float, alpha: float) -> bool:
     """Whether `x` of `n` show that the mean rate was above `p0`."""
     if n <= 0 or p0 >= 1 or x / n <= p0:
         return False
-    return p0 <= 0 or _more(n, x, p0) >= -math.log(alpha)  # what never happens has not happened
+    enough = -math.log(alpha)  # and what never happens has not happened
+    return p0 <= 0 or (_best(n, x, p0) >= enough and _more(n, x, p0) >= enough)
 
 
 def share_bounds(n: float, x: float, alpha: float) -> tuple[float, float]:
@@ -80,6 +82,12 @@ def rate_bounds(hours: float, x: float, alpha: float) -> tuple[float, float]:
 
 
 # Logarithms of the mixtures of likelihood ratios: how much less (more) often things went wrong than at p0.
+
+
+def _best(n: float, x: float, p0: float) -> float:
+    """The alternative that fits best, which no mixture exceeds: often enough to know."""
+    wrong = x * math.log(x / (n * p0)) if x > 0 else 0.0
+    return wrong + ((n - x) * math.log((n - x) / (n * (1 - p0))) if x < n else 0.0)
 
 
 def _less(n: float, x: float, p0: float) -> float:
@@ -127,22 +135,24 @@ def _as_student(z: float, freedom: float) -> float:
 
 
 def _edge(excess: Callable[[float], float], inner: float, outer: float) -> float:
-    """Where `excess`, which is negative at `inner` and grows outwards, reaches nought: the outer side of it.
+    """Where `excess`, negative at `inner` and growing outwards, reaches nought; the outer side of it.
 
-    By false position, with the weight of an end that stays halved each time (the Illinois rule).
+    To five figures, by false position; an end that stays twice loses half of its weight (the Illinois rule).
     """
     at_inner, at_outer = excess(inner), excess(outer)
     if at_outer < 0 or at_inner >= 0:
         return outer
-    within = abs(outer - inner) * 1e-9
+    stayed = 0
     for _ in range(_TRIES):
         middle = (inner * at_outer - outer * at_inner) / (at_outer - at_inner)
         found = excess(middle)
         if found >= 0:
-            outer, at_outer, at_inner = middle, found, at_inner / 2
+            at_inner, stayed = (at_inner / 2, 1) if stayed == 1 else (at_inner, 1)
+            outer, at_outer = middle, found
         else:
-            inner, at_inner, at_outer = middle, found, at_outer / 2
-        if abs(outer - inner) <= max(within, 1e-7 * abs(outer)):
+            at_outer, stayed = (at_outer / 2, -1) if stayed == -1 else (at_outer, -1)
+            inner, at_inner = middle, found
+        if abs(outer - inner) <= 1e-5 * abs(outer) or 0 <= found < 1e-4:
             break
     return outer
 

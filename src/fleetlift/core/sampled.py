@@ -7,6 +7,7 @@ devices: the bounds then allow for the chance that made these devices the wave, 
 """
 
 import math
+from bisect import bisect_left
 from enum import StrEnum
 from typing import Final
 
@@ -197,24 +198,22 @@ def _times(one: Spread, other: Spread | None, tail: float, alpha: float) -> tupl
             return 0.0
         return _off_by(_at(one, place), _at(other, _place(other, edge_s)), tail / 2, alpha)
 
+    # Fewer took longer than a later edge: where the operations alone are sure, they are so from there on.
+    last = len(one.edges_s)
+    sure_from = bisect_left(range(last), True, key=lambda i: share_at_most(one.n, one.x[i], tail, alpha))
     high = math.inf
-    for place in range(len(one.edges_s) - 1, -1, -1):
-        x, edge_s = one.x[place], one.edges_s[place]
-        if not (x / one.n < tail and share_at_most(one.n, x, tail, alpha)):
+    for place in range(last - 1, sure_from - 1, -1):
+        if one.x[place] / one.n + off_by(place, one.edges_s[place]) > tail:
             break
-        if x / one.n + off_by(place, edge_s) > tail:
-            break
-        high = edge_s
+        high = one.edges_s[place]
+    # All took longer than the edge before the first one.
+    before = (one.n, *one.x[:-1])
+    sure_upto = bisect_left(range(last), True, key=lambda i: not share_above(one.n, before[i], tail, alpha))
     low = 0.0
-    for place, edge_s in enumerate(one.edges_s):
-        # Up to here: all that took longer than the edge before.
-        x = one.x[place - 1] if place else one.n
-        before_s = one.edges_s[place - 1] if place else 0.0
-        if not (x / one.n > tail and share_above(one.n, x, tail, alpha)):
+    for place in range(sure_upto):
+        if before[place] / one.n - off_by(place - 1, one.edges_s[place - 1] if place else 0.0) <= tail:
             break
-        if x / one.n - off_by(place - 1, before_s) <= tail:
-            break
-        low = edge_s
+        low = one.edges_s[place]
     return low, high
 
 
@@ -248,7 +247,7 @@ def _off_by(one: Arm, other: Arm, scale: float, alpha: float) -> float:
         return math.inf
     own = _residual(one) / one.n**2
     off = margin_of_error(own, scale, _freedom(one), alpha)
-    if other.devices >= 2:
+    if other.devices > one.devices:
         theirs = _residual(other)
         implied = max(theirs / other.nn * one.nn, theirs / other.n * one.n) / one.n**2
         off = max(off, margin_of_error(implied, scale, _freedom(other), alpha))

@@ -237,9 +237,10 @@ def _gate_plots(data: ReportData, span: float, marks: Sequence[Mark]) -> str:
         value = Series(name="measured", role="new", points=[(t, g.value if g else None) for t, g in found])
         limit = Series(name="limit", points=[(t, g.limit if g else None) for t, g in found])
         breaches = [(t, g.value) for t, g in found if g and g.verdict == "revert" and g.value is not None]
-        sign = (
-            f'<span class="bad">✗ breached at {clock_label(breaches[0][0])}</span>' if breaches else "✓ held"
-        )
+        decided = any(g.verdict == "advance" for _, g in found if g)
+        sign = "✓ held" if decided else "! never sure of it"
+        if breaches:
+            sign = f'<span class="bad">✗ breached at {clock_label(breaches[0][0])}</span>'
         plot = lines(
             [value],
             title=text,

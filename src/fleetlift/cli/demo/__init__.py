@@ -15,7 +15,7 @@ def demo(
         "build/demo"
     ),
     bake: Annotated[float, typer.Option(min=1, help="Seconds for which each wave is watched.")] = 6.0,
-    commands: Annotated[float, typer.Option(min=0.1, max=500, help="Operator's commands a second.")] = 20.0,
+    commands: Annotated[float, typer.Option(min=0.1, max=500, help="Operator's commands a second.")] = 50.0,
 ) -> None:
     """Move a live fleet from an old backend to Fleetlift, with a fault on the way.
 
