@@ -37,11 +37,11 @@ TEXT = "the plan as a file"
 class Recorded(Pretend):
     """A pretended migration whose audit log keeps its times, from the start on."""
 
-    def __init__(self, the_plan: Plan, devices: int = 20, **more: Any) -> None:
-        super().__init__(the_plan, devices, **more)
+    def __init__(self, the_plan: Plan, devices: int = 20, *, text: str = TEXT) -> None:
+        super().__init__(the_plan, devices)
         started = AuditEntry(kind="migration_started", text="started")
         self.history: list[tuple[float, AuditEntry]] = [(START, started)]
-        self.plans: list[tuple[float, str, Plan]] = [(START, TEXT, the_plan)]
+        self.plans: list[tuple[float, str, Plan]] = [(START, text, the_plan)]
 
     def step(self, **how: Any) -> Decision:
         now = self.now

@@ -86,14 +86,15 @@ def verify(
         text = str(error) if isinstance(error, BadInput) else "it holds what no certificate does"
         return Verification(ok=False, checks=(Check(name="file", ok=False, problems=(text,)),))
     wrong = [] if line is None else [f"line {line} is not as a certificate is written: it was changed"]
+    digest = digest_of(found)
     checks = [
         _check("file", wrong, f"{len(data):,} bytes, {FORMAT}"),
         _check(
             "digest",
-            [] if digest_of(found) == found.digest else ["the contents do not have the digest they should"],
-            f"sha256 {found.digest}",
+            [] if digest == found.digest else ["the contents do not have the digest they should"],
+            f"sha256 {found.digest[:16]}…",
         ),
-        _signature(found, is_signed, trusted_key),
+        _signature(found, digest, is_signed, trusted_key),
     ]
     plans, problems = _plans(found, read_plan)
     times = list(_moments(found))
@@ -135,13 +136,15 @@ def _check(name: str, problems: Iterable[str], detail: str) -> Check:
     return Check(name=name, ok=not listed, detail=detail, problems=tuple(told))
 
 
-def _signature(found: Certificate, is_signed: IsSigned, trusted_key: str | None) -> Check:
+def _signature(found: Certificate, digest: str, is_signed: IsSigned, trusted_key: str | None) -> Check:
     problems = []
-    if not is_signed(found.key, to_sign(found.digest), found.signature):
-        problems.append(f"{found.key or 'no key'} has not signed this digest")
+    if not is_signed(found.key, to_sign(digest), found.signature):
+        problems.append(f"{found.key or 'no key'} has not signed these contents")
     if trusted_key is not None and found.key != trusted_key:
         problems.append(f"issued by {found.key}, not by the key that was given ({trusted_key})")
-    detail = f"by {found.key}" if trusted_key is not None else "who issued it was not checked: give --key"
+    detail = (
+        f"by {found.key[:24]}…" if trusted_key is not None else "who issued it was not checked: give --key"
+    )
     return _check("signature", problems, detail)
 
 
