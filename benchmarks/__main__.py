@@ -46,13 +46,29 @@ class WrongUse(Exception):
     """The command line asks for something that is not there."""
 
 
+class Broken:
+    """A bench that cannot be loaded: it fails like any other, and the others run."""
+
+    FIGURES: tuple[Figure, ...] = ()
+
+    def __init__(self, problem: Exception) -> None:
+        self._problem = problem
+
+    async def run(self, bench: Bench) -> list[Measured]:
+        raise BenchFailed(f"it cannot be loaded: {type(self._problem).__name__}: {self._problem}")
+
+
 def modules() -> dict[str, BenchModule]:
     """The benches there are, in the order they run."""
-    return {
-        name: cast(BenchModule, importlib.import_module(f"benchmarks.{name}"))
-        for name in BENCHES
-        if importlib.util.find_spec(f"benchmarks.{name}") is not None
-    }
+    found: dict[str, BenchModule] = {}
+    for name in BENCHES:
+        if importlib.util.find_spec(f"benchmarks.{name}") is None:
+            continue
+        try:
+            found[name] = cast(BenchModule, importlib.import_module(f"benchmarks.{name}"))
+        except Exception as problem:
+            found[name] = cast(BenchModule, Broken(problem))
+    return found
 
 
 def chosen(only: Sequence[str], known: dict[str, BenchModule]) -> list[str]:

@@ -191,6 +191,16 @@ def test_a_bench_that_does_not_measure_its_figures_fails(
     assert [line["name"] for line in latest] == ["start_s"]
 
 
+def test_a_bench_that_cannot_be_loaded_does_not_keep_the_others_from_running(
+    known: dict[str, command.BenchModule], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    known["ingest"] = cast(command.BenchModule, command.Broken(NameError("name 'x' is not defined")))
+    assert command.main(["--directory", str(tmp_path)]) == 1
+    assert "FAILED ingest: it cannot be loaded: NameError: name 'x'" in capsys.readouterr().out
+    latest = msgspec.json.decode((tmp_path / runs.LATEST).read_bytes())
+    assert [line["name"] for line in latest] == ["start_s"]
+
+
 def test_an_invalid_run_fails_and_says_why(
     known: dict[str, command.BenchModule], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
