@@ -133,6 +133,7 @@ class AgentSettings(msgspec.Struct, frozen=True, kw_only=True):
     """Limits of one agent. Times are seconds."""
 
     window: int = 64  # telemetry messages on the way, each path
+    keep_acked_s: float = 1.0  # what the new side acknowledged is kept until it is seen alive so long after
     outbox_max: int = 20_000  # messages; when full, new telemetry is refused and counted
     body_max: int = 240_000  # bytes of one telemetry body
     connect_within_s: float = 10.0
@@ -169,12 +170,13 @@ DEFAULTS = AgentSettings()
 class _Held:
     """An entry of the outbox, with the paths that have acknowledged it and the token that stores it."""
 
-    __slots__ = ("acked", "entry", "gone", "token")
+    __slots__ = ("acked", "entry", "gone", "kept", "token")
 
     def __init__(self, entry: Entry, token: int) -> None:
         self.entry, self.token = entry, token
         self.acked = 0
         self.gone = False
+        self.kept = False  # nobody waits for it any more, but a power cut may make it needed again
 
 
 class _Link:
@@ -250,6 +252,8 @@ class Agent:
         self._timer_at = math.inf
         self._health_at = math.inf
         self._started_at = 0.0
+        self._kept: deque[tuple[float, _Held]] = deque()  # with the time at which the last path acknowledged
+        self._kept_count = 0
         self._partly = 0  # entries that one path has acknowledged and another still owes
         self._now = -math.inf
         self._connect_reason = (
@@ -269,14 +273,14 @@ class Agent:
 
     @property
     def outbox_depth(self) -> int:
-        return len(self._outbox)
+        return len(self._outbox) - self._kept_count
 
     @property
     def next_seq(self) -> Mapping[str, int]:
         return self._next_seq
 
     def outbox_keys(self) -> Iterable[Key]:
-        return self._outbox.keys()
+        return [key for key, held in self._outbox.items() if not held.kept]
 
     def link(self, path: Path) -> LinkState:
         return self._links[path].state
@@ -422,7 +426,7 @@ class Agent:
         if not self._partly:
             return False
         held = next(held for held in self._outbox.values() if held.acked)
-        self.shed += 1
+        self.shed += not held.kept
         self._persist(self._leave(held), wait=False)
         return True
 
@@ -430,6 +434,7 @@ class Agent:
         key = (held.entry.channel, held.entry.seq)
         del self._outbox[key]
         held.gone = True
+        self._kept_count -= held.kept
         self._partly -= held.acked != 0
         return EntryDropped(*key)
 
@@ -439,22 +444,49 @@ class Agent:
         dropped: list[Change] = []
         for key in event.keys:
             link.in_flight.pop(key, None)
-            if (held := self._outbox.get(key)) is None:
+            if (held := self._outbox.get(key)) is None or held.acked & bit:
                 continue
-            if not held.acked & bit:
-                self._partly += held.acked == 0
-                held.acked |= bit
-                self.acked[event.path] += 1
+            self._partly += held.acked == 0
+            held.acked |= bit
+            self.acked[event.path] += 1
             if held.acked & self._demand == self._demand:
-                dropped.append(self._leave(held))
+                if self._demand & _BIT[Path.NEW] and self.settings.keep_acked_s > 0:
+                    held.kept = True
+                    self._kept_count += 1
+                    self._kept.append((now, held))
+                else:
+                    dropped.append(self._leave(held))
+        if link is self._new:
+            # It lives, so what it acknowledged a while ago is on its disk by now.
+            while self._kept and self._kept[0][0] <= now - self.settings.keep_acked_s:
+                if not (held := self._kept.popleft()[1]).gone:
+                    dropped.append(self._leave(held))
         if dropped:
             self._persist(*dropped, wait=False)
         self._pump(link, now)
+
+    def _unkeep(self) -> list[_Held]:
+        """Let go of what is kept: it is in the outbox like everything else there."""
+        kept = [held for _, held in self._kept if not held.gone]
+        for held in kept:
+            held.kept = False
+        self._kept.clear()
+        self._kept_count = 0
+        return kept
+
+    def _doubt_kept(self) -> None:
+        """The new side is lost, perhaps by a power cut, and with it what it acknowledged last: all that is
+        kept goes again. Should it be there, its seq says that it came twice."""
+        for held in self._unkeep():
+            held.acked &= ~_BIT[Path.NEW]
+            self._partly -= held.acked == 0
+            self.acked[Path.NEW] -= 1
 
     def _demand_changed(self) -> None:
         """The flags name other paths now. Entries leave once those have acknowledged; the others go on,
         in order, by every path that is asked for and lacks them."""
         self._demand = _DEMAND[self.record.flags.telemetry]
+        self._unkeep()
         done = [held for held in self._outbox.values() if held.acked & self._demand == self._demand]
         if done:
             self._persist(*[self._leave(held) for held in done], wait=False)
@@ -489,7 +521,7 @@ class Agent:
 
     def _health(self, now: float) -> None:
         body = {
-            "outbox": len(self._outbox),
+            "outbox": self.outbox_depth,
             "uptime_s": round(now - self._started_at, 1),
             "links": {link.path.value: link.state.value for link in (self._old, self._new)},
             "phase": self.record.phase.value,
@@ -797,6 +829,8 @@ class Agent:
             self._connect_reason = reason
         link.state = LinkState.DOWN
         link.ready = False
+        if link is self._new:
+            self._doubt_kept()
         link.in_flight.clear()
         link.retry_at = now + self._backoff(link.attempts)
         link.attempts += 1
