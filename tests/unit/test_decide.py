@@ -536,6 +536,31 @@ def test_release_is_refused_while_devices_have_not_moved_unless_forced() -> None
     assert p.state.phase is Phase.RELEASED and p.audit[-1].kind == "request_refused"
 
 
+def test_release_is_refused_for_devices_that_joined_after_the_last_wave() -> None:
+    """Nobody has told them anything: with the old side gone they would be cut off unnoticed."""
+    p = Pretend(plan(), 10)
+    p.until(Phase.FINISHED)
+    p.devices["late"] = PretendDevice("late")
+    p.step()
+    p.ask(RequestKind.RELEASE)
+    p.step()
+    assert p.audit[-1].kind == "request_refused" and "late" in p.audit[-1].text
+    p.ask(RequestKind.RELEASE, force=True)
+    p.step()
+    assert p.state.phase is Phase.RELEASED
+
+
+def test_release_is_refused_while_a_device_that_was_taken_out_is_on_its_way_back() -> None:
+    p = Pretend(plan(), 10)
+    p.until(Phase.FINISHED)
+    p.devices["car-003"].online = False
+    p.ask(RequestKind.REVERT, device="car-003")
+    p.step()
+    p.ask(RequestKind.RELEASE)
+    p.step()
+    assert p.audit[-1].kind == "request_refused" and "car-003" in p.audit[-1].text
+
+
 def test_an_emergency_revert_by_the_journal_is_taken_in() -> None:
     p = Pretend(plan(), 20)
     p.until_wave(1, 3)

@@ -6,7 +6,7 @@ from typing import Final
 
 from fleetlift.core.chain import digest
 from fleetlift.core.evidence import listed
-from fleetlift.core.migration import MemberState, Phase, Request, RequestKind, WavePhase
+from fleetlift.core.migration import Member, MemberState, Phase, Request, RequestKind, WavePhase
 from fleetlift.core.round import Round
 from fleetlift.core.units import format_devices, format_some
 
@@ -157,7 +157,7 @@ def _amend(round_: Round, request: Request) -> str | None:
 
 
 def _release(round_: Round, request: Request) -> str | None:
-    left = [m.device for m in round_.members.values() if m.state is MemberState.STRAGGLER]
+    left = [m.device for m in round_.members.values() if _left_behind(round_, m)]
     if left and not request.args.get("force"):
         names = format_some(left, 5)
         return f"{format_devices(len(left))} not moved yet ({names}); release with force to give them up"
@@ -169,6 +169,18 @@ def _release(round_: Round, request: Request) -> str | None:
         given_up=listed(left),
     )
     return None
+
+
+def _left_behind(round_: Round, member: Member) -> bool:
+    """Whether a device would be cut off, or held by half, once nobody keeps the old side.
+
+    Not stragglers alone: also those that have joined since, or are still on their way back.
+    """
+    if member.state is MemberState.EXCLUDED:
+        return member.told_at is not None and member.moved_at is None
+    if round_.state.phase is Phase.REVERTED:
+        return member.state not in (MemberState.RETURNED, MemberState.WAITING)
+    return member.state is not MemberState.MOVED or member.rung < len(round_.rungs) - 1
 
 
 def _emergency(round_: Round, request: Request) -> str | None:
