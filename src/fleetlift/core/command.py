@@ -412,6 +412,24 @@ def close(paths: Sequence[PathState], at: float) -> tuple[tuple[PathState, ...],
     return closed, status if status in FINAL else Status.EXPIRED
 
 
+def settled(command: Command, paths: tuple[PathState, ...], at: float) -> Command:
+    """The command with new paths. Once it has ended, its own status never changes."""
+    if command.ended_at is not None:
+        return msgspec.structs.replace(command, paths=paths)
+    status = resolve(paths)
+    return msgspec.structs.replace(
+        command, paths=paths, status=status, ended_at=at if status in FINAL else None
+    )
+
+
+def ended(command: Command, at: float) -> Command:
+    """The command once its expiry and grace are over: nothing of it stays open."""
+    paths, status = close(command.paths, at)
+    if command.ended_at is not None:
+        return msgspec.structs.replace(command, paths=paths)
+    return msgspec.structs.replace(command, paths=paths, status=status, ended_at=at)
+
+
 def retry_due(*, now: float, sent_at: float, waiting_since: float, connected_since: float) -> bool:
     """Whether a connected device that has not answered gets another copy.
 

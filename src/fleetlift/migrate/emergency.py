@@ -6,7 +6,7 @@ devices obey it; the journal's own record of it tells the controller, when it is
 
 import asyncio
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from pathlib import Path
 
 import msgspec
@@ -14,7 +14,7 @@ import msgspec
 from fleetlift.core.errors import BadInput, Unavailable
 from fleetlift.core.orders import DevicePhase, DeviceReport, Flags, Orders
 from fleetlift.log import get_logger
-from fleetlift.migrate.journal import Emergency, append, story
+from fleetlift.migrate.journal import Emergency, Journal, Record, Story, story
 from fleetlift.sides.base import Side
 from fleetlift.sides.open import connect_side
 
@@ -55,34 +55,49 @@ async def revert_by_journal(
     held = await asyncio.to_thread(story, path)
     if migration is not None and migration != held.migration:
         raise BadInput(f"{path} is the journal of migration {held.migration!r}, not of {migration!r}")
+    side = side_factory({name: str(value) for name, value in held.old.items()})
+    try:
+        return await bring_back(
+            held, side, Journal(path).add, devices=devices, actor=actor, wait_s=wait_s, progress=progress
+        )
+    finally:
+        await side.close()
+
+
+async def bring_back(
+    held: Story,
+    side: Side,
+    add: Callable[[Record], Awaitable[None]],
+    *,
+    devices: Sequence[str] | None,
+    actor: str,
+    wait_s: float,
+    progress: Callable[[int, int], None] = lambda back, total: None,
+    now: Callable[[], float] = time.time,
+    monotonic: Callable[[], float] = time.monotonic,
+) -> EmergencyResult:
+    """The same with the journal's story at hand; `add` puts a record into the journal, on disk."""
     if unknown := set(devices or ()) - held.orders.keys():
         raise BadInput(f"{min(unknown)} was never told to move by migration {held.migration!r}")
     told = tuple(sorted(held.orders if devices is None else set(devices)))
-    epoch = max(held.epoch + 1, int(time.time()))
+    epoch = max(held.epoch + 1, int(now()))
+    record = Emergency(at=now(), epoch=epoch, actor=actor, devices=told, everything=devices is None)
     # Before any device hears of it: a controller that comes back must not take the epoch for another order.
-    await asyncio.to_thread(
-        append,
-        path,
-        [Emergency(at=time.time(), epoch=epoch, actor=actor, devices=told, everything=devices is None)],
-    )
-    side = side_factory({name: str(value) for name, value in held.old.items()})
-    deadline = time.monotonic() + wait_s
-    try:
-        refused = await _deliver(side, told, epoch, held.migration, deadline)
-        wanted = set(told) - refused.keys()
-        back: set[str] = set()
-        while True:
-            try:
-                reports = await side.reports()
-                back = {d for d in wanted if is_back(reports.get(d), epoch)}
-                progress(len(back), len(wanted))
-            except (Unavailable, OSError, TimeoutError) as error:
-                log.warning("old_side_lost", reason=str(error))
-            if back >= wanted or time.monotonic() >= deadline:
-                break
-            await asyncio.sleep(POLL_S)
-    finally:
-        await side.close()
+    await add(record)
+    deadline = monotonic() + wait_s
+    refused = await _deliver(side, told, epoch, held.migration, lambda: monotonic() < deadline)
+    wanted = set(told) - refused.keys()
+    back: set[str] = set()
+    while True:
+        try:
+            reports = await side.reports()
+            back = {d for d in wanted if is_back(reports.get(d), epoch)}
+            progress(len(back), len(wanted))
+        except (Unavailable, OSError, TimeoutError) as error:
+            log.warning("old_side_lost", reason=str(error))
+        if back >= wanted or monotonic() >= deadline:
+            break
+        await asyncio.sleep(POLL_S)
     result = EmergencyResult(
         migration=held.migration,
         epoch=epoch,
@@ -91,21 +106,7 @@ async def revert_by_journal(
         silent=tuple(sorted(wanted - back)),
         refused=dict(refused),
     )
-    await asyncio.to_thread(
-        append,
-        path,
-        [
-            Emergency(
-                at=time.time(),
-                epoch=epoch,
-                actor=actor,
-                devices=told,
-                everything=devices is None,
-                back=result.back,
-                refused=result.refused,
-            )
-        ],
-    )
+    await add(msgspec.structs.replace(record, at=now(), back=result.back, refused=result.refused))
     return result
 
 
@@ -120,7 +121,7 @@ def is_back(report: DeviceReport | None, epoch: int) -> bool:
 
 
 async def _deliver(
-    side: Side, devices: tuple[str, ...], epoch: int, migration: str, deadline: float
+    side: Side, devices: tuple[str, ...], epoch: int, migration: str, may_go_on: Callable[[], bool]
 ) -> dict[str, str]:
     """Hand out the orders, part by part, trying again while the side is away. Refusals by device."""
     refused: dict[str, str] = {}
@@ -132,7 +133,7 @@ async def _deliver(
                 refused.update(await side.deliver(chunk))
                 break
             except (Unavailable, OSError, TimeoutError) as error:
-                if time.monotonic() >= deadline:
+                if not may_go_on():
                     raise Unavailable(
                         f"the old side does not answer ({error}): {start} of {len(devices)} devices were "
                         "ordered back; repair it and do this again"

@@ -11,7 +11,6 @@ import asyncpg
 import msgspec
 
 from fleetlift.core.command import (
-    FINAL,
     Command,
     Mode,
     Path,
@@ -20,9 +19,9 @@ from fleetlift.core.command import (
     Reported,
     ResponseError,
     Status,
-    close,
+    ended,
     record,
-    resolve,
+    settled,
     storable,
 )
 from fleetlift.core.errors import BadInput, NotFound
@@ -216,7 +215,7 @@ async def record_answers(conn: Conn, answers: Sequence[Answer]) -> list[Result]:
         recorded = record(command.paths, answer.path, answer.reported, answer.at)
         results.append(Result(recorded.changed, recorded.error))
         if recorded.changed:
-            commands[command.id] = _settled(command, recorded.paths, answer.at)
+            commands[command.id] = settled(command, recorded.paths, answer.at)
     await _save(conn, before, commands)
     return results
 
@@ -244,23 +243,9 @@ async def close_due(conn: Conn, *, now: float, grace_s: float, limit: int = 1000
     if not found:
         return []
     before = await lock(conn, [row["id"] for row in found])
-    after = {}
-    for command in before.values():
-        paths, status = close(command.paths, now)
-        ended = {} if command.ended_at is not None else {"status": status, "ended_at": now}
-        after[command.id] = msgspec.structs.replace(command, paths=paths, **ended)
+    after = {command.id: ended(command, now) for command in before.values()}
     await _save(conn, before, after)
     return list(after.values())
-
-
-def _settled(command: Command, paths: tuple[PathState, ...], at: float) -> Command:
-    """The command with new paths. Once it has ended, its own status never changes."""
-    if command.ended_at is not None:
-        return msgspec.structs.replace(command, paths=paths)
-    status = resolve(paths)
-    return msgspec.structs.replace(
-        command, paths=paths, status=status, ended_at=at if status in FINAL else None
-    )
 
 
 async def _save(conn: Conn, before: Mapping[str, Command], after: Mapping[str, Command]) -> None:
