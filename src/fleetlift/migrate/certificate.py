@@ -4,6 +4,7 @@ An instance signs with a key of its own, `DIR/certificate.key` (mode 0600). Whoe
 `fleetlift certificate key`, by a way that is trusted, knows who issued a certificate.
 """
 
+import asyncio
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Final
@@ -120,39 +121,44 @@ async def issue(
         links = await audit.whole_chain(conn, name)
         plans = await store.plan_versions(conn, name)
         members = await store.members_page(conn, name, limit=None)
-    ends = [link.at for link in links if link.kind in ENDS]
+    ended_at = next((link.at for link in reversed(links) if link.kind in ENDS), None) if finished else None
     devices = [member.device for member in members]
     async with backend.acquire() as conn, conn.transaction(isolation="repeatable_read", readonly=True):
         rows = await ledger.rows(conn, devices=devices)
-        until = chain.read_time(ends[-1]) if finished else now
+        until = now if ended_at is None else chain.read_time(ended_at)
         commands = await facts.commands(conn, devices, stored.created_at, until)
-    plan = parse_plan(stored.plan, file=f"{name}.yaml")
-    accounts = tuple(sorted((_account(row) for row in rows), key=lambda a: (a.device, a.channel, a.path)))
-    sums, totals = add_up(accounts)
-    unsealed = Certificate(
-        format=FORMAT,
-        fleetlift=__version__,
-        migration=name,
-        tenant=stored.tenant,
-        issued_at=chain.written(now),
-        finished=finished,
-        phase=stored.state.phase,
-        started_at=chain.written(stored.created_at),
-        ended_at=ends[-1] if finished else None,
-        old=SideName(kind=plan.old.kind, address=plan.old.address),
-        new=SideName(kind=plan.new.kind, address=plan.new.address),
-        chain_head=links[-1].hash,
-        sums=sums,
-        commands=commands,
-        plans=tuple(PlanVersion(version=n, since=chain.written(at), text=text) for n, at, text in plans),
-        audit=tuple(links),
-        members=tuple(_standing(member) for member in members),
-        totals=totals,
-        accounts=accounts,
-    )
-    key = signing_key(data_dir)
-    signature = key.sign(to_sign(digest_of(unsealed))).hex()
-    return render(sealed(unsealed, key=public_text(key), signature=signature))
+
+    def written() -> bytes:
+        plan = parse_plan(stored.plan, file=f"{name}.yaml")
+        accounts = tuple(sorted((_account(row) for row in rows), key=lambda a: (a.device, a.channel, a.path)))
+        sums, totals = add_up(accounts)
+        unsealed = Certificate(
+            format=FORMAT,
+            fleetlift=__version__,
+            migration=name,
+            tenant=stored.tenant,
+            issued_at=chain.written(now),
+            finished=finished,
+            phase=stored.state.phase,
+            started_at=chain.written(stored.created_at),
+            ended_at=ended_at,
+            old=SideName(kind=plan.old.kind, address=plan.old.address),
+            new=SideName(kind=plan.new.kind, address=plan.new.address),
+            chain_head=links[-1].hash,
+            sums=sums,
+            commands=commands,
+            plans=tuple(PlanVersion(version=n, since=chain.written(at), text=text) for n, at, text in plans),
+            audit=tuple(links),
+            members=tuple(_standing(member) for member in members),
+            totals=totals,
+            accounts=accounts,
+        )
+        key = signing_key(data_dir)
+        signature = key.sign(to_sign(digest_of(unsealed))).hex()
+        return render(sealed(unsealed, key=public_text(key), signature=signature))
+
+    # Seconds of work for a large fleet: the loop has other callers meanwhile.
+    return await asyncio.to_thread(written)
 
 
 def _standing(member: Member) -> Standing:

@@ -82,6 +82,7 @@ class ReportData(msgspec.Struct, frozen=True, kw_only=True):
     figures: Sequence[Figure] = ()
     rungs: Sequence[str] = ()  # names of the ladder's rungs, index 0 is "old side"
     old_path: str = "old"
+    chain_head: str = ""  # the hash of the audit log's last entry
     parity: ParityReport | None = None
 
 
@@ -117,7 +118,10 @@ def render(data: ReportData) -> str:
         _section("Ledger", _ledger(data)),
         _section("Parity: what both sides saw of the same messages", _parity(data.parity)),
         _section(
-            "Audit log", _audit(data), f"{len(data.audit)} decisions, each with the figures that led to it."
+            "Audit log",
+            _audit(data),
+            f"{len(data.audit)} decisions, each with the figures that led to it."
+            + (f" A chain of hashes; the last is {data.chain_head}." if data.chain_head else ""),
         ),
         _section(f"Plan (version {data.plan_version})", f"<pre>{escape(data.plan)}</pre>"),
     ]
@@ -376,7 +380,8 @@ async def read_report(engine: Pool, backend: Pool, name: str, figures: Sequence[
         raise NotFound(f"there is no migration {name!r}; `fleetlift migrate list` shows those there are")
     samples = await engine.fetch("SELECT at, data FROM engine.sample WHERE migration = $1 ORDER BY at", name)
     audit = await engine.fetch(
-        "SELECT at, actor, kind, text, evidence FROM engine.audit WHERE migration = $1 ORDER BY id", name
+        "SELECT at, actor, kind, text, evidence, hash FROM engine.audit WHERE migration = $1 ORDER BY id",
+        name,
     )
     members = await engine.fetch("SELECT * FROM engine.member WHERE migration = $1 ORDER BY rank", name)
     devices = [m["device"] for m in members]
@@ -395,6 +400,7 @@ async def read_report(engine: Pool, backend: Pool, name: str, figures: Sequence[
         reason=_json(row["state"]).get("reason", ""),
         plan=row["plan"],
         plan_version=row["plan_version"],
+        chain_head=(audit[-1]["hash"] or "") if audit else "",
         started_at=row["created_at"].timestamp(),
         ended_at=(samples[-1]["at"] if samples else row["updated_at"]).timestamp(),
         points=[(s["at"].timestamp(), _point(s["data"])) for s in samples],
