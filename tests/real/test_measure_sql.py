@@ -175,6 +175,28 @@ async def test_what_a_device_left_out_while_it_was_away_is_not_missing(
         assert (sample.n, sample.evidence["missing"]) == (100, 10)
 
 
+async def test_a_device_that_counts_anew_is_measured_by_its_new_count(pool: Pool, measurer: Measurer) -> None:
+    """Installed anew in the middle of a wave: its former heights make neither a huge gap nor a pass."""
+    await ledger(pool, "car-1", "mqtt", "{[0,4000)}")
+    await measurer.note_baselines({"car-1": 5})
+    await ledger(pool, "car-1", "legacy", "{[0,5000)}")
+    await ledger(pool, "car-1", "mqtt", "{[0,4000),[4500,5000)}")
+    before = await measure(measurer, "telemetry.completeness", wave("car-1"), TELEMETRY)
+    assert (before.value, before.n) == (100.0, 500)
+
+    await pool.execute("UPDATE ledger SET restarts = 1, began_at = to_timestamp($1)", NOW - 20)
+    await ledger(pool, "car-1", "legacy", "{[1,10)}")
+    await ledger(pool, "car-1", "mqtt", "{}")
+    sample = await measure(measurer, "telemetry.completeness", wave("car-1"), TELEMETRY, NOW + 1)
+    assert sample.value is None, "on the old side alone until it has tried again: nothing to judge"
+
+    await ledger(pool, "car-1", "legacy", "{[1,60)}")
+    await ledger(pool, "car-1", "mqtt", "{[20,50)}")
+    for fresh in (measurer, Measurer("move", backend=pool, engine=pool, old_path="legacy")):
+        sample = await measure(fresh, "telemetry.completeness", wave("car-1"), TELEMETRY, NOW + 2)
+        assert (sample.n, sample.evidence["missing"]) == (40, 10)
+
+
 async def test_a_wave_that_has_fallen_silent_is_not_complete(pool: Pool, measurer: Measurer) -> None:
     """Connected devices that have stopped to send leave no gap behind: that is no data, and never a pass."""
     await measurer.note_baselines({"car-1": 5})

@@ -13,6 +13,7 @@ from log_reader import NOW, caught_up, eventually, publish, publish_all, reading
 
 from fleetlift.backend import telemetry
 from fleetlift.backend.context import Context
+from fleetlift.core.delays import BUCKETS
 from fleetlift.core.errors import BadInput
 from fleetlift.core.telemetry import HEADER_RECEIVED, HEADER_SEQ, HEADER_TS
 from fleetlift.store import ledger
@@ -64,13 +65,73 @@ async def test_a_message_by_two_paths_is_stored_once_and_the_ledger_sees_both(ct
         assert all(sum(w["delay_counts"]) == w["messages"] for w in windows)
 
 
+async def test_a_device_that_was_installed_anew_begins_a_new_count(ctx: Context) -> None:
+    """Its numbers come again with other messages: all are stored, and the ledger tells the counts apart."""
+
+    def fed(n: int, ts: float, received_at: float) -> dict[str, str]:
+        return {HEADER_TS: repr(ts), HEADER_SEQ: str(n), HEADER_RECEIVED: repr(received_at)}
+
+    again = time.time() - 50
+    async with reading(ctx):
+        for n in range(1, 41):
+            await publish(ctx, "dt/d1/gps", {"ts": again - 100 + n, "seq": n})
+            if n <= 38:
+                await publish(ctx, "feed/legacy/d1/gps", {"v": n}, fed(n, again - 100 + n, again - 99 + n))
+        await publish(ctx, "dt/d1/gps", {"ts": again - 99, "seq": 1})  # sent twice: begins nothing
+        await caught_up(ctx)
+        for n in (1, 2, 3):
+            await publish(ctx, "feed/legacy/d1/gps", {"v": n}, fed(n, again + n, time.time()))
+        # Late, and of the earlier count.
+        await publish(ctx, "feed/legacy/d1/gps", {"v": 39}, fed(39, again - 61, again - 60))
+        for n in (1, 2, 5):
+            await publish(ctx, "dt/d1/gps", {"ts": again + n, "seq": n})
+        await publish(ctx, "dt/d1/gps", {"ts": again + 1, "seq": 1})
+        await caught_up(ctx)
+    assert await stored(ctx) == 40 + 4
+    async with ctx.pool.acquire() as conn:
+        legacy, mqtt = await ledger.rows(conn, devices=["d1"])
+        assert (mqtt.ranges.to_pg(), legacy.ranges.to_pg()) == ("{[1,3),[5,6)}", "{[1,4)}")
+        assert (mqtt.restarts, mqtt.earlier, legacy.restarts, legacy.earlier) == (1, 40, 1, 40)
+        assert (mqtt.received, mqtt.doubles, mqtt.uncounted) == (45, 2, 0)
+        assert (legacy.received, legacy.doubles, legacy.uncounted) == (42, 0, 1)
+        [account] = await ledger.by_device(conn, ["d1"])
+        assert (account.missing, account.gaps) == (1, ("gps {[4,5)}",))
+
+
+async def test_two_devices_of_one_id_lose_nothing_and_are_noticed(ctx: Context) -> None:
+    """A clone counts for itself: the same numbers, other messages."""
+    async with reading(ctx):
+        for n in range(1, 21):
+            for clone in (0.0, 0.25):
+                await publish(ctx, "dt/d1/gps", {"ts": NOW + n + clone, "seq": n, "clone": clone})
+        await caught_up(ctx)
+    assert await stored(ctx) == 40
+    async with ctx.pool.acquire() as conn:
+        [row] = await ledger.rows(conn, devices=["d1"])
+    assert (row.received, row.restarts, row.doubles + row.earlier) == (40, 1, 20)
+
+
+async def test_a_day_in_an_outbox_changes_nothing_but_the_delay(ctx: Context) -> None:
+    """Messages keep their own time: they lie in yesterday's partition and count as later than an hour."""
+    async with reading(ctx):
+        for n in range(110):
+            at = time.time() - (86_400 if n < 100 else 0)
+            await publish(ctx, "dt/d1/gps", {"ts": at + n / 1000, "seq": n})
+        await caught_up(ctx)
+    assert await stored(ctx) == 110
+    async with ctx.pool.acquire() as conn:
+        [row] = await ledger.rows(conn, devices=["d1"])
+        assert (row.ranges.to_pg(), row.doubles, row.restarts) == ("{[0,110)}", 0, 0)
+        elsewhere = await conn.fetchval("SELECT count(*) FROM telemetry_other")
+        counted = await conn.fetch("SELECT delay_counts FROM receipt_window")
+    assert elsewhere == 0
+    assert sum(w["delay_counts"][BUCKETS - 1] for w in counted if len(w["delay_counts"]) == BUCKETS) == 100
+
+
 async def test_without_a_time_a_repetition_is_known_by_count_and_body(ctx: Context) -> None:
     """The same count and body twice is one message; a counter that began again brings new ones."""
     async with reading(ctx):
         for body in ({"seq": 1, "v": 1}, {"seq": 1, "v": 1}, {"seq": 2, "v": 1}, {"seq": 1, "v": 9}):
-            await asyncio.sleep(
-                0.002
-            )  # no counter begins again within the millisecond that tells times apart
             await publish(ctx, "dt/d1/t", body)
         await caught_up(ctx)
         await publish(ctx, "dt/d1/t", {"seq": 2, "v": 1})

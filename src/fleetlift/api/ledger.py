@@ -26,7 +26,8 @@ class Account(msgspec.Struct, frozen=True, kw_only=True):
     """One channel by one path, or by any. Ranges are [first, last], both included.
 
     `gaps` lie between the first and the last number that came by any path. `doubles` are copies of what the
-    same path had brought before; `uncounted` are messages without a number.
+    same path had brought before; `uncounted` are messages without a number. A device that was installed anew
+    counts from the beginning: `restarts` says how often, `earlier` how many numbers came of earlier counts.
     """
 
     channel: str
@@ -40,6 +41,8 @@ class Account(msgspec.Struct, frozen=True, kw_only=True):
     gaps: tuple[Span, ...]
     first_at: datetime
     last_at: datetime
+    restarts: int
+    earlier: int
 
 
 def accounts(rows: Sequence[LedgerRow]) -> list[Account]:
@@ -60,6 +63,8 @@ def accounts(rows: Sequence[LedgerRow]) -> list[Account]:
             uncounted=sum(row.uncounted for row in paths),
             first_at=min(row.first_at for row in paths),
             last_at=max(row.last_at for row in paths),
+            restarts=paths[0].restarts,
+            earlier=paths[0].earlier,
         )
         found += [_account(row, everything) for row in (*paths, together)]
     return found
@@ -80,6 +85,8 @@ def _account(row: LedgerRow, everything: RangeSet) -> Account:
         gaps=_shown(gaps),
         first_at=moment(row.first_at),
         last_at=moment(row.last_at),
+        restarts=row.restarts,
+        earlier=row.earlier,
     )
 
 

@@ -10,7 +10,7 @@ import asyncio
 import contextlib
 import time
 from collections import Counter, OrderedDict
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from datetime import UTC, date, datetime, timedelta
 from typing import Any, cast
 
@@ -389,6 +389,7 @@ class _Account:
             paths = self._channels[row.device, row.channel]
             entry = paths.get(row.path)
             if entry is None:
+                beside = next(iter(paths.values()), None)
                 entry = paths[row.path] = LedgerRow(
                     device=row.device,
                     channel=row.channel,
@@ -397,6 +398,11 @@ class _Account:
                     first_at=row.received_at,
                     last_at=row.received_at,
                 )
+                if beside is not None:
+                    entry.restarts, entry.earlier = beside.restarts, beside.earlier
+                    entry.began_at, entry.began_ts_ms = beside.began_at, beside.began_ts_ms
+            if row.seq is not None and row.seq <= 1 and row.ts_given:
+                self._note_beginning(paths, row)
             if (
                 not row.ts_given
                 and row.seq is not None
@@ -423,8 +429,12 @@ class _Account:
         entry.last_at = max(entry.last_at, row.received_at)
         seq, ranges = row.seq, entry.ranges
         before = ranges.range_count
-        if seq is None or (
-            before >= RANGES_MAX and seq not in ranges and seq - 1 not in ranges and seq + 1 not in ranges
+        if (
+            seq is None
+            or (
+                before >= RANGES_MAX and seq not in ranges and seq - 1 not in ranges and seq + 1 not in ranges
+            )
+            or (entry.restarts and _of_an_earlier_count(entry, row))
         ):
             entry.uncounted += 1
         elif ranges.add(seq):
@@ -432,6 +442,35 @@ class _Account:
         else:
             entry.doubles += 1
         self._changed[entry.device, entry.channel, entry.path] = entry
+
+    def _note_beginning(self, paths: Mapping[str, LedgerRow], row: Telemetry) -> None:
+        """Notice a count that begins, or begins anew: its first number comes later, with another time."""
+        some = next(iter(paths.values()))
+        anew = False
+        if row.seq == 1 and any(0 in entry.ranges for entry in paths.values()):
+            return  # this device counts from 0
+        if any(row.seq in entry.ranges for entry in paths.values()):
+            if some.began_ts_ms is None or some.began_at is None:
+                # Counted before beginnings were noted: a copy of the first message is not as late as that.
+                anew = row.ts_ms / 1000 > some.first_at + 60.0
+            else:
+                anew = row.ts_ms != some.began_ts_ms and row.received_at > some.began_at
+                if not anew:
+                    return
+        if anew:
+            numbers = RangeSet()
+            for entry in paths.values():
+                numbers = numbers.union(entry.ranges)
+        for entry in paths.values():
+            if anew:
+                self._ranges -= entry.ranges.range_count
+                entry.ranges = RangeSet()
+                entry.earlier += numbers.count
+                entry.restarts += 1
+            entry.began_at, entry.began_ts_ms = row.received_at, row.ts_ms
+            self._changed[entry.device, entry.channel, entry.path] = entry
+        if anew:
+            log.warning("device_counts_anew", device=row.device, channel=row.channel, earlier=some.earlier)
 
     async def save(self, conn: Conn) -> None:
         await ledger.save(conn, [self._changed[key] for key in sorted(self._changed)])
@@ -449,6 +488,16 @@ class _Account:
         ):
             _, paths = self._channels.popitem(last=False)
             self._ranges -= sum(entry.ranges.range_count for entry in paths.values())
+
+
+def _of_an_earlier_count(entry: LedgerRow, row: Telemetry) -> bool:
+    """Late by the time of receipt and by the device's own: either clock alone may err."""
+    return (
+        entry.began_at is not None
+        and entry.began_ts_ms is not None
+        and row.received_at < entry.began_at
+        and row.ts_ms < entry.began_ts_ms
+    )
 
 
 def _window(row: Telemetry) -> WindowKey:

@@ -52,10 +52,15 @@ class Telemetry(msgspec.Struct, frozen=True, gc=False):
 
     @property
     def msg_key(self) -> int:
-        """What tells messages of the same device, channel and time apart: `seq`, or a digest (negative)."""
-        if self.seq is not None:
+        """What tells messages of the same device, channel and time apart: `seq`, or a digest (negative).
+
+        A message dated by its receipt is known by its body too: a counter that began anew may bring another
+        one with the same `seq` in the same millisecond.
+        """
+        if self.seq is not None and self.ts_given:
             return self.seq
-        digest = blake2b(self.body.encode(), digest_size=8).digest()
+        text = self.body if self.seq is None else f"{self.seq} {self.body}"
+        digest = blake2b(text.encode(), digest_size=8).digest()
         return -1 - (int.from_bytes(digest, "big") >> 1)
 
     @property

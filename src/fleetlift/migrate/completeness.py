@@ -104,9 +104,12 @@ class Completeness:
         top: Top = {}
         settled: Top = {}
         heard_at = 0.0
+        told_at = {m.device: m.told_at or now for m in wave.moved}
+        anew: set[tuple[str, str]] = set()  # channels whose count began anew since their device was told
         for row in await conn.fetch(
             "SELECT device, channel, max(upper(ranges)) - 1 AS top, "
-            "extract(epoch FROM max(last_at))::float8 AS last_at FROM ledger "
+            "extract(epoch FROM max(last_at))::float8 AS last_at, "
+            "extract(epoch FROM max(began_at) FILTER (WHERE restarts > 0))::float8 AS anew_at FROM ledger "
             "WHERE device = ANY($1::text[]) AND channel <> $2 AND path = ANY($3::text[]) "
             "AND NOT isempty(ranges) GROUP BY device, channel",
             [m.device for m in wave.moved],
@@ -116,6 +119,8 @@ class Completeness:
             key = (row["device"], row["channel"])
             top[key] = row["top"]
             heard_at = max(heard_at, row["last_at"])
+            if row["anew_at"] is not None and row["anew_at"] > told_at[row["device"]]:
+                anew.add(key)
             if row["last_at"] <= now - rung.grace_s:
                 settled[key] = row["top"]
         if top and now - heard_at > rung.silent_after_s:
@@ -130,13 +135,18 @@ class Completeness:
             self._moved_tops.setdefault((device, epoch), by_device.get(device, {}))
         self._tops.add(now, top, rung.grace_s)
         upto = {**self._tops.before(now - rung.grace_s), **settled}
+        # A count that began anew has left its former heights.
+        upto = {key: min(seq, top[key]) for key, seq in upto.items() if key in top}
         keys = [key for key in upto if key[0] in epochs]
+        # Where the count began anew, what the new side has of it is expected from its first number there on.
+        after = {key: self._baselines.get(key[0], (0, {}))[1].get(key[1]) for key in keys if key not in anew}
+        moved = {key: self._moved_tops[key[0], epochs[key[0]]].get(key[1], -1) for key in keys}
         rows = await conn.fetch(
             _MISSING_SQL,
             [device for device, _ in keys],
             [channel for _, channel in keys],
-            [self._baselines.get(device, (0, {}))[1].get(channel) for device, channel in keys],
-            [self._moved_tops[device, epochs[device]].get(channel, -1) for device, channel in keys],
+            [after.get(key) for key in keys],
+            [upto[key] if key in anew else moved[key] for key in keys],
             [upto[key] for key in keys],
             MQTT_PATH,
             EXAMPLES,

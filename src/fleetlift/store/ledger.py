@@ -16,7 +16,10 @@ class LedgerRow(msgspec.Struct, kw_only=True):
     """What one path has brought of one channel of one device.
 
     `received` counts every copy that came, `doubles` those whose number this path had brought before, and
-    `uncounted` those without a number. `ranges` are the numbers.
+    `uncounted` those without a number. `ranges` are the numbers. A device that was installed anew counts from
+    the beginning: then `ranges` are of its newest count, which began with a message of `began_ts_ms` that was
+    received at `began_at`, and `earlier` is how many numbers of earlier counts had come by any path. These
+    last four are the channel's, and the same for all its paths.
     """
 
     device: str
@@ -28,6 +31,10 @@ class LedgerRow(msgspec.Struct, kw_only=True):
     uncounted: int = 0
     first_at: float
     last_at: float
+    restarts: int = 0
+    began_at: float | None = None
+    began_ts_ms: int | None = None
+    earlier: int = 0
 
 
 class PathTotals(msgspec.Struct, frozen=True, kw_only=True):
@@ -43,7 +50,8 @@ class PathTotals(msgspec.Struct, frozen=True, kw_only=True):
 
 
 _COLUMNS = """l.device, l.channel, l.path, l.ranges::text AS ranges, l.received, l.doubles, l.uncounted,
-    extract(epoch FROM l.first_at)::float8 AS first_at, extract(epoch FROM l.last_at)::float8 AS last_at"""
+    extract(epoch FROM l.first_at)::float8 AS first_at, extract(epoch FROM l.last_at)::float8 AS last_at,
+    l.restarts, extract(epoch FROM l.began_at)::float8 AS began_at, l.began_ts_ms, l.earlier"""
 
 
 async def rows(
@@ -81,7 +89,7 @@ class DeviceAccount(msgspec.Struct, frozen=True, kw_only=True):
     """One device over all its channels. `received` copies by path; `stored` distinct messages by any path.
 
     `missing` numbers lie between the first and the last of their channel and came by no path; `gaps` names
-    them, channel by channel.
+    them, channel by channel. Of a channel whose count began anew they are those of the newest count.
     """
 
     device: str
@@ -102,7 +110,8 @@ async def by_device(conn: Conn, devices: Sequence[str]) -> list[DeviceAccount]:
         received.setdefault(r["device"], {})[r["path"]] = r["received"]
     found = await conn.fetch(
         """WITH known AS (
-               SELECT device, channel, range_agg(ranges) AS seqs, sum(uncounted) AS uncounted
+               SELECT device, channel, range_agg(ranges) AS seqs,
+                      sum(uncounted) + max(earlier) AS uncounted
                  FROM ledger WHERE device = ANY($1) GROUP BY device, channel
            ), gaps AS (
                SELECT device, channel, uncounted, seqs,
@@ -154,15 +163,21 @@ async def save(conn: Conn, changed: Sequence[LedgerRow]) -> None:
     if changed:
         await conn.execute(
             """INSERT INTO ledger
-                   (device, channel, path, ranges, received, doubles, uncounted, first_at, last_at)
+                   (device, channel, path, ranges, received, doubles, uncounted, first_at, last_at,
+                    restarts, began_at, began_ts_ms, earlier)
                SELECT device, channel, path, ranges::int8multirange, received, doubles, uncounted,
-                      to_timestamp(first_at), to_timestamp(last_at)
+                      to_timestamp(first_at), to_timestamp(last_at),
+                      restarts, to_timestamp(began_at), began_ts_ms, earlier
                FROM unnest($1::text[], $2::text[], $3::text[], $4::text[], $5::bigint[], $6::bigint[],
-                           $7::bigint[], $8::float8[], $9::float8[])
-                    t(device, channel, path, ranges, received, doubles, uncounted, first_at, last_at)
+                           $7::bigint[], $8::float8[], $9::float8[], $10::integer[], $11::float8[],
+                           $12::bigint[], $13::bigint[])
+                    t(device, channel, path, ranges, received, doubles, uncounted, first_at, last_at,
+                      restarts, began_at, began_ts_ms, earlier)
                ON CONFLICT (device, channel, path) DO UPDATE SET ranges = EXCLUDED.ranges,
                    received = EXCLUDED.received, doubles = EXCLUDED.doubles, uncounted = EXCLUDED.uncounted,
-                   first_at = EXCLUDED.first_at, last_at = EXCLUDED.last_at""",
+                   first_at = EXCLUDED.first_at, last_at = EXCLUDED.last_at, restarts = EXCLUDED.restarts,
+                   began_at = EXCLUDED.began_at, began_ts_ms = EXCLUDED.began_ts_ms,
+                   earlier = EXCLUDED.earlier""",
             [r.device for r in changed],
             [r.channel for r in changed],
             [r.path for r in changed],
@@ -172,4 +187,8 @@ async def save(conn: Conn, changed: Sequence[LedgerRow]) -> None:
             [r.uncounted for r in changed],
             [r.first_at for r in changed],
             [r.last_at for r in changed],
+            [r.restarts for r in changed],
+            [r.began_at for r in changed],
+            [r.began_ts_ms for r in changed],
+            [r.earlier for r in changed],
         )

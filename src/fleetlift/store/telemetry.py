@@ -220,18 +220,19 @@ async def insert_unless_repeated(conn: Conn, row: Telemetry) -> int:
     """
     status = await conn.execute(
         """INSERT INTO telemetry (device, channel, ts, msg_key, seq, body, path, received_at)
-           SELECT $1, $2, to_timestamp($3::float8 / 1000), $4, $4, $5::text::json, $6, to_timestamp($7)
-           WHERE NOT EXISTS (SELECT FROM telemetry t WHERE t.device = $1 AND t.channel = $2 AND t.msg_key = $4
+           SELECT $1, $2, to_timestamp($3::float8 / 1000), $4, $8, $5::text::json, $6, to_timestamp($7)
+           WHERE NOT EXISTS (SELECT FROM telemetry t WHERE t.device = $1 AND t.channel = $2
                              AND t.ts > to_timestamp($3::float8 / 1000) - interval '1 day'
-                             AND t.body::text = $5)
+                             AND t.seq = $8 AND t.body::text = $5)
            ON CONFLICT DO NOTHING""",
         row.device,
         row.channel,
         row.ts_ms,
-        row.seq,
+        row.msg_key,
         row.body,
         row.path,
         row.received_at,
+        row.seq,
     )
     return int(status.rsplit(" ", 1)[-1])
 
