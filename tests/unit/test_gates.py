@@ -9,10 +9,13 @@ import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from msgspec.structs import replace
 
+from fleetlift.core.delays import BUCKETS
 from fleetlift.core.errors import BadInput
-from fleetlift.core.gates import METRICS, Op, Source, judge, parse_gate, parse_query_gate
-from fleetlift.core.migration import GateResult, Sample, Verdict
+from fleetlift.core.figures import arm, rate_sample, share_sample, spread, time_sample
+from fleetlift.core.gates import METRICS, Gate, Op, Source, judge, parse_gate, parse_query_gate
+from fleetlift.core.migration import Basis, GateResult, Sample, Verdict
 
 ADVANCE, HOLD, REVERT = Verdict.ADVANCE, Verdict.HOLD, Verdict.REVERT
 
@@ -30,6 +33,9 @@ ADVANCE, HOLD, REVERT = Verdict.ADVANCE, Verdict.HOLD, Verdict.REVERT
         ("commands.latency.p95<=250ms or 1.2x old", Op.LE, 0.25, 1.2),
         ("devices.silent<3", Op.LT, 3, None),
         ("commands.success >= 0.99 x old", Op.GE, None, 0.99),
+        ("commands.success >= old - 0.5%", Op.GE, None, 1.0),
+        ("commands.latency.p95 <= control + 100ms or 2s", Op.LE, 2.0, 1.0),
+        ("connections.rate <= 1.3 x control", Op.LE, None, 1.3),
     ],
 )
 def test_gates_are_read_as_written(text: str, op: Op, limit: float | None, ratio: float | None) -> None:
@@ -52,6 +58,11 @@ def test_gates_are_read_as_written(text: str, op: Op, limit: float | None, ratio
         ("telemetry.delay.p99 <= 1 x old or 2 x old", "one limit beside"),
         ("telemetry.delay.p99 <= 1s or 2s", "one limit"),
         ("telemetry.delay.p99 != 1s", "'!='"),
+        ("commands.success >= old + 0.5%", "write 'old - 0.5%' for what is still good enough"),
+        ("commands.success >= old - 5", "the margin of commands.success is a percentage"),
+        ("commands.success >= old - soon", "is not a number with a unit"),
+        ("commands.agreement >= old - 1%", "no counterpart on the old side"),
+        ("commands.success == old", "needs <= or >="),
         ("hello", "is not a gate such as"),
         ("telemetry.delay.p99 <= soon", "is not a number with a unit"),
     ],
@@ -66,6 +77,15 @@ def test_a_gates_text_reads_back_as_the_same_gate() -> None:
         limit = {"%": "99.5%", "s": "250ms", "": "3"}[metric.unit]
         gate = parse_gate(f"{name} {'>=' if metric.better == 'higher' else '<='} {limit}")
         assert parse_gate(gate.text) == gate
+
+
+def test_a_margin_is_named_in_the_plans_own_words() -> None:
+    gate = parse_gate("commands.success >= control - 0.5%")
+    assert (gate.text, gate.margin) == ("commands.success >= old - 0.5%", 0.5)
+    assert parse_gate(gate.text) == gate
+    result = judge(gate, Sample(value=98.9, n=500, old=99.5, old_n=500))
+    assert result.verdict is REVERT
+    assert result.why == "commands.success 98.9 % < 99 % (old - 0.5% 99.5 %; n = 500)"
 
 
 def test_a_free_query_is_a_gate_with_a_name() -> None:
@@ -221,6 +241,92 @@ def test_a_verdict_can_be_computed_again_from_its_stored_sample(
         assert judge(gate, stored.sample) == result
 
 
+# -- verdicts that are sure ----------------------------------------------------------------------------
+
+
+def sure(text: str, confidence: float = 0.95) -> Gate:
+    return replace(parse_gate(text), confidence=confidence)
+
+
+def answers(good: int, bad: int, *, old: tuple[int, int] | None = None, devices: int = 10) -> Sample:
+    """So many commands on each of `devices`, all of the bad ones on the first."""
+    new = arm([(good + bad, bad), *[(good, 0)] * (devices - 1)])
+    other = None if old is None else arm([(sum(old), old[1]), *[(old[0], 0)] * (devices - 1)])
+    return share_sample(new, other, Basis.DEVICES, over_s=60.0, evidence={})
+
+
+def test_a_sampled_gate_waits_until_it_is_sure_and_says_for_what() -> None:
+    gate = sure("commands.agreement >= 98%")
+    early = judge(gate, answers(9, 0))
+    assert (early.verdict, early.undecided, early.missing) == (HOLD, True, False)
+    assert "not decided yet whether >= 98 % (95.62 % to 100 %, 95 % sure; needs about 110 more" in early.why
+    later = judge(gate, answers(21, 0))
+    assert (later.verdict, later.undecided) == (ADVANCE, False)
+    assert later.bound is not None and 98 < later.bound < 99
+    bad = judge(gate, answers(9, 20))
+    assert bad.verdict is REVERT and bad.why.startswith("commands.agreement 81.82 % < 98 % (at most ")
+
+
+def test_missing_data_and_harm_without_tolerance_keep_their_own_rules() -> None:
+    gate = sure("commands.agreement >= 98%")
+    assert judge(gate, None).missing
+    assert judge(gate, Sample(value=100.0, n=10_000)).missing  # figures alone are not enough to be sure by
+    assert judge(sure("commands.latency.p95 <= 2 x old"), Sample(value=0.1, n=50)).missing
+    none = judge(
+        sure("connections.rate == 0"), rate_sample(arm([(1, 1)]), None, Basis.NONE, over_s=1, evidence={})
+    )
+    assert none.verdict is REVERT
+
+
+def test_one_device_that_fails_a_thousand_times_is_one_device_beside_the_control() -> None:
+    gate = sure("commands.success >= old - 2%")
+    one_bad = judge(gate, answers(20, 1000, old=(20, 0), devices=50))
+    assert one_bad.value is not None and one_bad.value < 60
+    assert one_bad.verdict is HOLD
+    all_bad = share_sample(arm([(40, 20)] * 50), arm([(20, 0)] * 50), Basis.DEVICES, over_s=1, evidence={})
+    assert judge(gate, all_bad).verdict is REVERT
+
+
+@pytest.mark.parametrize(("slower", "verdict"), [(0, ADVANCE), (8, REVERT)])
+def test_quantiles_are_judged_by_their_bounds(slower: int, verdict: Verdict) -> None:
+    old = spread([{40: 30, 45: 3}] * 100)
+    new = spread([{40 + slower: 30, 45 + slower: 3}] * 100)
+    sample = time_sample(0.95, new, old, Basis.DEVICES, over_s=60.0, evidence={})
+    assert judge(sure("commands.latency.p95 <= 1.35 x old"), sample).verdict is verdict
+    assert judge(sure("commands.latency.p95 <= 1.35 x old or 10s"), sample).verdict is ADVANCE
+
+
+def test_a_handful_of_quick_answers_decides_nothing() -> None:
+    few = time_sample(
+        0.95, spread([{40: 6}] * 3), spread([{40: 30}] * 100), Basis.DEVICES, over_s=9, evidence={}
+    )
+    result = judge(sure("commands.latency.p95 <= 1.35 x old"), few)
+    assert result.undecided and "or more" in result.why
+
+
+def test_a_time_beyond_an_hour_is_still_a_measurement() -> None:
+    late = time_sample(0.95, spread([{BUCKETS - 1: 50}] * 10), None, Basis.NONE, over_s=1, evidence={})
+    assert judge(sure("commands.latency.p95 <= 10s"), late).verdict is REVERT
+
+
+@given(
+    st.lists(st.tuples(st.integers(0, 50), st.integers(0, 20)), min_size=1, max_size=12),
+    st.lists(st.tuples(st.integers(0, 50), st.integers(0, 20)), min_size=0, max_size=12),
+    st.sampled_from(["commands.success >= old - 1%", "commands.success >= 0.9 x old or 95%"]),
+    st.sampled_from(list(Basis)),
+)
+def test_a_sure_verdict_too_can_be_computed_again(
+    new: list[tuple[int, int]], old: list[tuple[int, int]], text: str, basis: Basis
+) -> None:
+    arms = [arm((good + bad, bad) for good, bad in one) for one in (new, old)]
+    gate = sure(text)
+    result = judge(gate, share_sample(arms[0], arms[1], basis, over_s=9.0, evidence={}))
+    stored = msgspec.json.decode(msgspec.json.encode(result), type=GateResult)
+    assert stored == result and judge(gate, stored.sample) == result
+    if result.verdict is ADVANCE:
+        assert result.value is not None and result.limit is not None and result.value >= result.limit
+
+
 # -- the page ------------------------------------------------------------------------------------------
 
 
@@ -239,6 +345,6 @@ def test_the_page_on_gates_lists_every_metric_as_the_code_has_it() -> None:
 def test_the_gates_on_the_page_are_gates() -> None:
     page = (Path(__file__).parents[2] / "docs" / "gates.md").read_text()
     written = re.findall(r"^  - ([a-z]+\..*?)(?:\s+#.*)?$", page, re.MULTILINE)
-    assert len(written) == 4
+    assert len(written) == 5
     for text in written:
         parse_gate(text)

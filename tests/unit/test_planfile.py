@@ -416,11 +416,47 @@ def test_what_may_differ_is_read_and_what_makes_no_sense_is_refused_with_its_lin
     assert "expected 'ignore'" in says
 
 
+SURE = HEAD + "  - {move: telemetry, waves: [100%], bake: 1s, gates: [telemetry.delay.p95 <= 1.2 x old]}\n"
+
+
+@pytest.mark.parametrize(
+    ("said", "confidence"),
+    [("", 0.95), ("confidence: 99%\n", 0.99), ("confidence: 99.9%\n", 0.999), ("confidence: none\n", None)],
+)
+def test_sampled_gates_are_as_sure_as_the_plan_asks(said: str, confidence: float | None) -> None:
+    """Counted figures are what they are, and need no confidence."""
+    delay, success = ladder(parse_plan(SURE.replace("steps:", said + "steps:")))[1].gates
+    assert (delay.confidence, success.confidence) == (confidence, None)
+
+
+def test_a_steps_own_confidence_wins() -> None:
+    text = SURE.replace("steps:", "confidence: 99%\nsteps:").replace("bake: 1s", "bake: 1s, confidence: none")
+    assert parse_plan(text).steps[0].confidence is None
+
+
+@pytest.mark.parametrize("said", ["0.95", "95", "40%", "100%", "high", "0%"])
+def test_a_confidence_is_a_percentage_or_none(said: str) -> None:
+    _, key, says = one_problem(SURE.replace("steps:", f"confidence: {said}\nsteps:"))
+    assert key == "confidence" and "expected a percentage from 50% to 99.9999%, or none" in says
+
+
+def test_a_control_is_a_share_of_the_fleet_and_not_most_of_it() -> None:
+    def with_control(share: str) -> str:
+        return SURE.replace("fleet: {tenant: ", f"fleet: {{control: {share}, tenant: ")
+
+    control = parse_plan(with_control("10 devices")).fleet.control
+    assert control is not None and control.devices == 10
+    assert one_problem(with_control("60%"))[1:] == (
+        "fleet.control",
+        "60% leaves too few devices for the waves before the last: 50% is the most",
+    )
+
+
 # -- the page ------------------------------------------------------------------------------------------
 
 
 def test_the_page_on_plans_lists_every_key() -> None:
-    for key in {*planfile._TOP, *planfile._STEP, "tenant", "where", "updatable", "canaries"}:
+    for key in {*planfile._TOP, *planfile._STEP, "tenant", "where", "updatable", "canaries", "control"}:
         assert f"`{key}`" in PAGE, key
 
 

@@ -46,6 +46,13 @@ def test_no_step_may_go_further_than_those_before_it(shares: list[Share], total:
     assert all(limit <= share.of(total) for share in shares)
 
 
+@given(SHARES, SHARES, st.integers(0, 500))
+def test_only_the_last_wave_of_a_rung_takes_the_control(share: Share, control: Share, total: int) -> None:
+    early = approved((share,), total, control=control, last=False)
+    assert early == min(share.of(total), total - control.of(total))
+    assert approved((share,), total, control=control, last=True) == share.of(total)
+
+
 @given(IDS, st.lists(st.tuples(SHARES, IDS, IDS), max_size=8))
 def test_a_device_once_raised_stays_and_no_wave_raises_more_than_approved(
     ids: set[str], waves: list[tuple[Share, set[str], set[str]]]

@@ -44,9 +44,8 @@ STAGES: Final[Mapping[Move, tuple[str, ...]]] = MappingProxyType(
 class Fleet(msgspec.Struct, frozen=True, kw_only=True):
     """Which devices: those of `tenant` that `where` selects ("": all). `canaries` go first, in this order.
 
-    `control` of them, the last in the order, are raised by the last wave of each rung only. `updatable` is what
-    a selected device must meet to be moved at all; "" stands for: unless its attribute
-    `updatable` is false.
+    `control` of them, the last in the order, are raised by the last wave of each rung only. `updatable` is
+    what a selected device must meet to be moved at all; "": unless its attribute `updatable` is false.
     """
 
     tenant: str

@@ -91,11 +91,19 @@ def assess(limit: Limit, sample: Sample, confidence: float) -> Assessment:
         strict, lax = (old_high, old_low) if limit.higher else (old_low, old_high)
         passes.append(_passes(limit, own_low, own_high, resolved(limit, strict)))
         fails.append(_fails(limit, own_low, own_high, resolved(limit, lax)))
-        if not any(passes[:-1]):
+        if passes[-1] or not (any(passes) or _asks_less(limit, sample)):
             low, high = own_low, own_high
     elif limit.ratio is not None:
         fails.append(False)  # the old side's figure could allow more
     return Assessment(within=any(passes), beyond=all(fails), low=low, high=high)
+
+
+def _asks_less(limit: Limit, sample: Sample) -> bool:
+    """Whether the limit of its own is the laxer one, as far as the figures go."""
+    if limit.absolute is None or sample.old is None:
+        return False
+    relative = resolved(limit, sample.old)
+    return limit.absolute <= relative if limit.higher else limit.absolute >= relative
 
 
 def resolved(limit: Limit, old: float) -> float:
@@ -245,7 +253,8 @@ def _off_by(one: Arm, other: Arm, scale: float, alpha: float) -> float:
     """
     if one.devices < 2:
         return math.inf
-    own = _residual(one) / one.n**2
+    chance = one.x * (1 - one.x / one.n) if one.x < one.n else 0.0  # alike as devices may be, never less
+    own = max(_residual(one), chance) / one.n**2
     off = margin_of_error(own, scale, _freedom(one), alpha)
     if other.devices > one.devices:
         theirs = _residual(other)

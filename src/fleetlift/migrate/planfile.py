@@ -422,7 +422,7 @@ class _Reader:
         if quantity.unit != "%" or not low <= quantity.value <= high:
             self._wrong(node, key, f"{text!r}: expected a percentage from {low:g}% to {high:g}%, or none")
             return 0
-        return quantity.value / 100
+        return round(quantity.value / 100, 9)
 
     def _stages(
         self, node: yaml.Node | None, step: yaml.Node, key: str, move: Move, done: int
