@@ -4,15 +4,18 @@ import time
 from datetime import UTC, datetime
 
 import pytest
+from msgspec.structs import replace
 
 from fleetlift.core.command import uuid7
 from fleetlift.core.delays import bucket
+from fleetlift.core.figures import arm, spread
 from fleetlift.core.gates import Source, parse_gate, parse_query_gate
-from fleetlift.core.migration import Member, MemberState, MigrationState, Sample, WavePhase
+from fleetlift.core.migration import Basis, Member, MemberState, MigrationState, Sample, WavePhase
 from fleetlift.core.orders import CommandsFlag, Flags, LinkFlag, TelemetryFlag
 from fleetlift.core.plan import Move, Rung
 from fleetlift.core.units import parse_share
 from fleetlift.migrate.measure import Measurer
+from fleetlift.migrate.reconnects import OldConnects
 from fleetlift.store import engine as store
 from fleetlift.store.pool import Pool
 
@@ -487,3 +490,140 @@ async def test_a_prometheus_server_that_is_away_is_no_data(measurer: Measurer) -
     gate = parse_query_gate(Source.PROMETHEUS, "up", ">= 1", url="http://127.0.0.1:9")
     sample = (await measurer.samples([gate], wave("car-1"), rungs(TELEMETRY), NOW))[gate.text]
     assert sample.value is None
+
+
+# -- beside a control --------------------------------------------------------------------------------------
+
+
+def with_control(state: MigrationState, *devices: str, **differ: object) -> MigrationState:
+    """The state with `devices` not raised yet."""
+    behind = {d: Member(device=d, rank=100 + n, **differ) for n, d in enumerate(devices)}  # type: ignore[arg-type]
+    return replace(state, members={**state.members, **behind})
+
+
+CONTROL = tuple(f"van-{n}" for n in range(6))
+CARS = tuple(f"car-{n}" for n in range(1, 4))
+
+
+async def test_commands_are_compared_with_equally_chosen_devices_that_stay_behind(
+    pool: Pool, measurer: Measurer
+) -> None:
+    """The sums are by device: one device's failures are told from those of many."""
+    for n, device in enumerate(CARS * 4):
+        await command(
+            pool, n, new="failed" if device == "car-1" else "succeeded", old="duplicate", device=device
+        )
+    for n, device in enumerate(CONTROL * 2):
+        await command(pool, 100 + n, old="succeeded", device=device)
+    await command(pool, 300, old="failed", device="canary")
+    state = with_control(wave(*CARS), *CONTROL, "canary")
+    by_name = Measurer("move", backend=pool, engine=pool, old_path="legacy", canaries=["canary"])
+    sample = await measure(by_name, "commands.success", state, BOTH)
+    assert sample.arm == arm([(4, 4), (4, 0), (4, 0)])
+    assert (sample.basis, sample.old_arm) == (Basis.DEVICES, arm([(2, 0)] * 6))
+    assert "control, 6 devices" in sample.evidence["summary"]
+    times = await measure(by_name, "commands.latency.p95", state, BOTH)
+    assert times.spread is not None and times.old_spread is not None
+    assert (times.spread.devices, times.old_spread.devices, times.old_spread.n) == (3, 6, 12)
+
+
+async def test_a_wave_with_a_canary_is_compared_with_itself(pool: Pool, measurer: Measurer) -> None:
+    """Who was named and not chosen differs from the others for reasons of somebody's own."""
+    for n, device in enumerate(CARS * 4):
+        await command(pool, n, new="succeeded", old="duplicate", device=device)
+    for n, device in enumerate(CONTROL * 2):
+        await command(pool, 100 + n, old="succeeded", device=device)
+    named = Measurer("move", backend=pool, engine=pool, old_path="legacy", canaries=["car-1"])
+    sample = await measure(named, "commands.latency.p95", with_control(wave(*CARS), *CONTROL), BOTH)
+    assert (sample.basis, sample.evidence["basis"]) == (Basis.SAME, "the same commands")
+
+
+async def test_commands_count_up_to_the_first_that_is_still_open(pool: Pool, measurer: Measurer) -> None:
+    """Else what is answered quickly would speak for what is not answered at all."""
+    for n in range(6):
+        await command(pool, n, new="succeeded", age_s=20.0 - n)
+    await command(pool, 50, new="sent", age_s=9.0, device="car-2")
+    for n in range(60, 70):
+        await command(pool, n, new="succeeded", age_s=5.0)
+    alone = Flags(commands=CommandsFlag.NEW)
+    sample = await measure(measurer, "commands.success", wave("car-1", "car-2"), alone)
+    assert (sample.n, sample.evidence["pending"]) == (6, 1)
+    measurer._cached = None
+    later = await measure(measurer, "commands.success", wave("car-1", "car-2"), alone, NOW + 2)
+    assert (later.n, later.value) == (17, pytest.approx(100 * 16 / 17))
+
+
+async def test_delays_are_read_once_and_added_up(pool: Pool, measurer: Measurer) -> None:
+    """What lies in windows that are over is not read again; a control is counted by its own path."""
+    for device in CARS:
+        await delays(pool, device, "mqtt", 0.2, 50)
+    for device in CONTROL:
+        await delays(pool, device, "legacy", 0.1, 10)
+    state = with_control(wave(*CARS), *CONTROL)
+    first = await measure(measurer, "telemetry.delay.p95", state, TELEMETRY)
+    assert first.spread == spread([{bucket(0.2): 50}] * 3)
+    assert (first.basis, first.old_spread) == (Basis.DEVICES, spread([{bucket(0.1): 10}] * 6))
+    measurer._cached = None
+    await measure(measurer, "telemetry.delay.p95", state, TELEMETRY, NOW + 60)
+    await pool.execute("DELETE FROM receipt_window")
+    measurer._cached = None
+    again = await measure(measurer, "telemetry.delay.p95", state, TELEMETRY, NOW + 61)
+    assert (again.spread, again.old_spread) == (first.spread, first.old_spread)
+
+
+async def test_connections_an_hour_are_those_of_both_sides(pool: Pool) -> None:
+    """The old side's are known from its feed; who has a link to the new side counts there."""
+    old = OldConnects(OPENED - 100)
+    for device in CONTROL[:3]:
+        old.add(device, NOW - 5)
+    old.add("van-0", OPENED - 50)  # before the measurement
+    for at in (NOW - 30, NOW - 20):
+        await pool.execute(
+            "INSERT INTO presence_event (device, connected, at) VALUES ('car-1', true, to_timestamp($1))", at
+        )
+    counting = Measurer("move", backend=pool, engine=pool, old_path="legacy", old_connects=old)
+    sample = await measure(counting, "connections.rate", with_control(wave(*CARS), *CONTROL), TELEMETRY)
+    assert sample.arm is not None and sample.old_arm is not None
+    assert (sample.arm.devices, sample.arm.x) == (3, 2)
+    assert sample.arm.n == pytest.approx(3 * 59 / 3600)
+    assert (sample.old_arm.devices, sample.old_arm.x) == (6, 3)
+    assert sample.value == pytest.approx(2 / sample.arm.n)
+
+
+async def test_figures_of_commands_and_presence_of_the_past_are_no_data(pool: Pool) -> None:
+    """With the worker dead, "none was executed twice" would hold alone, and so would "nobody flaps"."""
+    created, last, lost = datetime.fromtimestamp(OPENED, UTC), 0, ""
+
+    async def commands_end() -> tuple[datetime, int]:
+        return created, last
+
+    async def presence_lost() -> str:
+        return lost
+
+    fresh = Measurer(
+        "move",
+        backend=pool,
+        engine=pool,
+        old_path="legacy",
+        commands_end=commands_end,
+        presence_lost=presence_lost,
+    )
+    await command(pool, 1, new="succeeded")
+
+    async def value(metric: str, at: float) -> tuple[float | None, str]:
+        fresh._cached = None
+        found = await measure(fresh, metric, wave("car-1"), Flags(commands=CommandsFlag.NEW), at)
+        return found.value, found.evidence["summary"]
+
+    assert await value("commands.executed_twice", NOW) == (0.0, "0 of 1")  # nothing was ever answered
+    last = 700
+    for second in range(1, 9):
+        seen = await value("commands.executed_twice", NOW + second)
+    assert seen == (None, "the reader of commands is more than 5 s behind the log")
+    await pool.execute(
+        "INSERT INTO log_position (reader, stream_created, seq) VALUES ('commands', $1, 700)", created
+    )
+    assert (await value("commands.executed_twice", NOW + 9))[0] == 0.0
+    assert (await value("connections.flapping", NOW + 9))[0] == 0.0
+    lost = "the worker that keeps presence (state) does not answer"
+    assert await value("connections.flapping", NOW + 10) == (None, lost)
