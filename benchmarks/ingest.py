@@ -30,7 +30,32 @@ from fleetlift.store.pool import Conn
 from fleetlift.testing import RunningBackend, running_backend
 
 CONNECTIONS = 1000
-_THOUSANDS = (0.5, 0.7, 1, 1.4, 2, 2.8, 4, 5, 6, 7, 8.5, 10, 12, 14, 17, 20, 24, 28, 34, 40)
+_THOUSANDS = (
+    0.5,
+    0.7,
+    1,
+    1.2,
+    1.4,
+    1.7,
+    2,
+    2.4,
+    2.8,
+    3.4,
+    4,
+    5,
+    6,
+    7,
+    8.5,
+    10,
+    12,
+    14,
+    17,
+    20,
+    24,
+    28,
+    34,
+    40,
+)
 RATES = tuple(1000.0 * n for n in _THOUSANDS)
 TARGET = 10_000.0
 P99_MAX_S = 1.0
@@ -70,8 +95,8 @@ class Trial(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def problem(self) -> str:
-        if self.load.closed:
-            return f"the broker closed {self.load.closed} connections"
+        if self.load.trouble:
+            return self.load.trouble
         return f"p99 {self.p99_s:.2f} s" if self.p99_s > P99_MAX_S else ""
 
 
@@ -127,7 +152,7 @@ async def publish_and_check(
     async with cpu_profile(what, {"serve": backend.pid, "generator": source.pid}) as profile:
         load = await source.publish(job, progress)
         await _until_counted(bench, conn, job.channel, load.acked)
-    if load.closed:  # some of what was in flight may be stored all the same, and then has no PUBACK
+    if load.trouble:  # some of what was in flight may be stored all the same, and then has no PUBACK
         await asyncio.sleep(2.0)
     bench.progress("comparing what was acknowledged with what is stored")
     await _check(conn, job.channel, load)

@@ -359,7 +359,7 @@ async def test_a_rate_that_nothing_sustains_is_told_with_its_problem() -> None:
     assert (found, proof.problem) == (1, "late")
 
 
-def test_a_late_generator_says_so() -> None:
+def test_a_late_generator_says_so_and_what_the_broker_did_not_bear() -> None:
     load = Load(
         sent=10,
         acked=10,
@@ -373,6 +373,9 @@ def test_a_late_generator_says_so() -> None:
         ack_max_s=0,
     )
     assert not load.late
+    assert not load.trouble
+    assert "closed 2" in msgspec.structs.replace(load, acked=4, closed=2).trouble
+    assert "6 messages were not acknowledged" in msgspec.structs.replace(load, acked=4).trouble
     late = msgspec.structs.replace(load, late_p99_s=mqtt_load.LATE_MAX_S * 2)
     assert "the generator itself was late" in late.late
 
