@@ -7,7 +7,7 @@ import msgspec
 import pytest
 from msgspec.structs import replace
 
-from fleetlift.backend import commands, registry, shadows
+from fleetlift.backend import alive, commands, registry, shadows
 from fleetlift.backend.context import Context
 from fleetlift.core.errors import BadInput
 from fleetlift.core.migration import FleetDevice
@@ -22,7 +22,7 @@ from fleetlift.core.orders import (
     Orders,
     TelemetryFlag,
 )
-from fleetlift.sides.fleetlift import FleetliftSide, credential_of, endpoint_of, engine_key
+from fleetlift.sides.fleetlift import PRESENCE_ROLE, FleetliftSide, credential_of, endpoint_of, engine_key
 
 KEY = bytes(range(32))
 BOTH = Flags(telemetry=TelemetryFlag.BOTH)
@@ -186,6 +186,24 @@ async def test_the_end_of_the_log_is_told(ctx: Context, side: FleetliftSide) -> 
     last = await ctx.publisher.to_log("dt/car-0/position", b"{}")
     assert await side.log_end() == (created, last)
     assert last > before
+
+
+async def test_the_last_answer_to_a_command_is_told_whichever_device_gave_it(
+    ctx: Context, side: FleetliftSide
+) -> None:
+    """The log goes on with telemetry; what the reader of answers must have come to is the last of these."""
+    created, _ = await side.log_end()
+    assert await side.commands_end() == (created, 0)
+    for device in ("car-0", "car-1"):
+        last = await ctx.publisher.to_log(f"$aws/commands/things/{device}/executions/x/response/json", b"{}")
+        await ctx.publisher.to_log(f"dt/{device}/position", b"{}")
+        assert await side.commands_end() == (created, last)
+
+
+async def test_presence_is_lost_when_no_worker_of_its_role_answers(ctx: Context, side: FleetliftSide) -> None:
+    assert "does not answer" in await side.presence_lost()
+    async with alive.answering(ctx.nc, PRESENCE_ROLE):
+        assert await side.presence_lost() == ""
 
 
 async def test_a_device_of_another_tenant_is_left_alone(ctx: Context, side: FleetliftSide) -> None:
