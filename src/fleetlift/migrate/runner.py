@@ -46,6 +46,9 @@ ROUND_SHARE = 0.25  # a round of a large fleet takes at most this share of the t
 PAUSE_MOST_S = 3.0  # a round that waited for a side that hangs must not be followed by as long a pause
 ERROR_PAUSE_S = 2.0
 
+TOLD_AT_ONCE = 1000  # devices, between two looks at what people ask for
+CALLS_OFF = (RequestKind.PAUSE, RequestKind.REVERT, RequestKind.EMERGENCY)
+
 read_plan = lru_cache(maxsize=64)(parse_plan)  # a plan is read again after each round that failed
 
 Decide = Callable[[Plan, MigrationState, Observations, float], Decision]
@@ -426,6 +429,21 @@ class Runner:
                 )
             except GONE as error:
                 log.warning("baselines_not_noted", migration=self.name, reason=str(error))
+        # Those who go back first; a large wave part by part, so that a revert never waits for all of it.
+        devices = sorted(orders, key=lambda device: orders[device].flags.needs_new)
+        for start in range(0, len(devices), TOLD_AT_ONCE):
+            if start and await self._called_off():
+                left = len(devices) - start
+                log.warning("telling_cut_short", migration=self.name, told=start, left=left)
+                return
+            await self._hand_out({d: orders[d] for d in devices[start : start + TOLD_AT_ONCE]})
+
+    async def _called_off(self) -> bool:
+        """Whether somebody has asked meanwhile to stop or to go back. Who is not told now is told by a later
+        round, as one who has not answered its order."""
+        return any(r.kind in CALLS_OFF for r in await self._store.open_requests(self.name))
+
+    async def _hand_out(self, orders: Mapping[str, Orders]) -> None:
         moved = await self._lever.move(orders)
         for side, refused in (("old", moved.old_refused), ("new", moved.new_refused)):
             for device, reason in list(refused.items())[:20]:
