@@ -65,7 +65,7 @@ def newest(one: DeviceReport | None, other: DeviceReport | None) -> DeviceReport
 
     A device that went back says so by the old link only; at the same epoch that is the later word.
     """
-    if one is None or other is None:
+    if one is None or other is None or one == other:
         return one if other is None else other
     return max(one, other, key=lambda report: (report.epoch, _PHASE_ORDER[report.phase]))
 
@@ -115,24 +115,27 @@ class FlagLever:
         A side that is down leaves its half empty.
         """
         seen, new_error = await self._tolerant(lambda: self._new.observe(devices), {})
-        fleet = old.fleet
+        fleet, up, reports = old.fleet, old.up, old.reports
         merged: dict[str, DeviceObservation] = {}
         nothing = DeviceObservation()
         for device in devices:
             by_new = seen.get(device, nothing)
             there = fleet.get(device) if fleet is not None else None
-            report = old.reports.get(device)
+            report = reports.get(device)
             if by_new is nothing and report is None and (there is None or there.since is None):
                 continue
-            merged[device] = msgspec.structs.replace(
-                by_new,
-                connected_old=bool(there is not None and there.connected and old.up),
+            merged[device] = DeviceObservation(
+                connected_old=up and there is not None and there.connected,
+                connected_new=by_new.connected_new,
                 report=newest(report, by_new.report_by_new),
+                report_by_new=by_new.report_by_new,
+                new_telemetry_at=by_new.new_telemetry_at,
+                old_telemetry_at=by_new.old_telemetry_at,
             )
         return Observed(
             devices=merged,
-            fleet=None if fleet is None or not old.up else tuple(fleet.values()),
-            old_up=old.up,
+            fleet=None if fleet is None or not up else tuple(fleet.values()),
+            old_up=up,
             new_up=not new_error,
             down={"new": new_error} if new_error else {},
         )

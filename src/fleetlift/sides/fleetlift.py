@@ -115,6 +115,7 @@ class FleetliftSide:
         self._pool = services.pool
         self._tenant = tenant
         self._key = key
+        self._parsed: dict[str, tuple[str, DeviceReport]] = {}  # device: its report as last read
         self._adopted: dict[str, str] = {}  # device: its attributes, as JSON, when it was last registered
 
     # -- preparing ---------------------------------------------------------------------------------------
@@ -359,7 +360,7 @@ class FleetliftSide:
         """What devices report of themselves in their shadow `fleetlift`."""
         with _reachable():
             async with self._pool.acquire() as conn:
-                return _reports(await shadow_store.all_named(conn, SHADOW_NAME))
+                return self._reports(await shadow_store.reported(conn, SHADOW_NAME))
 
     async def observe(self, devices: Sequence[str]) -> Mapping[str, DeviceObservation]:
         """Connection, report and newest telemetry (own path, and the other ones) of each device seen here."""
@@ -368,7 +369,7 @@ class FleetliftSide:
             raise Unavailable("the new side's NATS does not answer: devices cannot be moved there now")
         with _reachable():
             async with self._pool.acquire() as conn:
-                reports = _reports(await shadow_store.all_named(conn, SHADOW_NAME, wanted))
+                reports = self._reports(await shadow_store.reported(conn, SHADOW_NAME, wanted))
                 online = await conn.fetch(
                     "SELECT device FROM presence WHERE connected AND device = ANY($1::text[])", wanted
                 )
@@ -380,8 +381,8 @@ class FleetliftSide:
                     wanted,
                     MQTT_PATH,
                 )
-        connected = {row["device"] for row in online}
-        times = {row["device"]: (row["new"], row["old"]) for row in heard}
+        connected = {device for (device,) in online}
+        times = {device: (new, old) for device, new, old in heard}
         seen: dict[str, DeviceObservation] = {}
         for device in reports.keys() | connected | times.keys():
             new_at, old_at = times.get(device, (None, None))
@@ -392,6 +393,20 @@ class FleetliftSide:
                 old_telemetry_at=old_at,
             )
         return seen
+
+    def _reports(self, found: Sequence[tuple[str, str]]) -> dict[str, DeviceReport]:
+        """What devices report, of those that can be read; parsed only where it has changed."""
+        reports: dict[str, DeviceReport] = {}
+        for device, text in found:
+            known = self._parsed.get(device)
+            if known is None or known[0] != text:
+                try:
+                    known = (text, _decode_report(text))
+                except (msgspec.MsgspecError, ValueError):
+                    continue
+                self._parsed[device] = known
+            reports[device] = known[1]
+        return reports
 
     async def log_end(self) -> tuple[datetime, int]:
         """When the log was created, and the number of its last message. Raises Unavailable."""
@@ -466,13 +481,7 @@ def _merged(row: asyncpg.Record | None, attributes: Mapping[str, Any]) -> dict[s
     return {**held, **attributes}
 
 
-def _reports(found: Mapping[str, Any]) -> dict[str, DeviceReport]:
-    reports: dict[str, DeviceReport] = {}
-    for device, shadow in found.items():
-        if shadow.reported:
-            with contextlib.suppress(msgspec.ValidationError):
-                reports[device] = msgspec.convert(shadow.reported, DeviceReport)
-    return reports
+_decode_report = msgspec.json.Decoder(DeviceReport).decode
 
 
 def _both_since(before: str, after: str) -> str:

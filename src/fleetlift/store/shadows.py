@@ -105,6 +105,18 @@ async def all_named(conn: Conn, name: str, devices: Sequence[str] | None = None)
     return {row["device"]: _shadow(row)[1] for row in found}
 
 
+async def reported(conn: Conn, name: str, devices: Sequence[str] | None = None) -> list[tuple[str, str]]:
+    """(device, what it reports as JSON text) of the shadows called `name`; `devices` None: of all devices."""
+    found = await conn.fetch(
+        """SELECT device, reported::text FROM shadow
+           WHERE name = $1 AND deleted_at IS NULL AND reported IS NOT NULL
+             AND ($2::text[] IS NULL OR device = ANY($2))""",
+        name,
+        devices,
+    )
+    return [(device, text) for device, text in found]
+
+
 def _columns_of(keys: Collection[ShadowKey]) -> tuple[list[str], list[str]]:
     return [key.device for key in keys], [key.name for key in keys]
 
