@@ -219,6 +219,7 @@ ROUTES: list[tuple[str, str, Any, str]] = [
     ("GET", f"{V1}/migrations/connect/devices", None, "viewer"),
     ("GET", f"{V1}/migrations/connect/report", None, "viewer"),
     ("GET", f"{V1}/migrations/connect/certificate", None, "viewer"),
+    ("GET", f"{V1}/migrations/connect/parity", None, "viewer"),
     ("POST", f"{V1}/migrations/connect/pause", None, "operator"),
     ("POST", f"{V1}/migrations/connect/resume", None, "operator"),
     ("POST", f"{V1}/migrations/connect/approve", None, "operator"),
