@@ -69,6 +69,11 @@ AREAS: dict[str, Area] = {
     "legacy": Area(
         "A home-grown telemetry server of the old kind, to move away from.", (CLI + "legacy:app",), TRY
     ),
+    "simulate": Area(
+        "Whole migrations on a simulated clock, with faults; every promise checked.",
+        (CLI + "simulate:simulate",),
+        TRY,
+    ),
     "worker": Area(
         "Run one worker of a backend; `serve` starts these.", (CLI + "serve:worker",), RUN, hidden=True
     ),

@@ -9,6 +9,7 @@ import contextlib
 import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
+from typing import Protocol
 
 from fleetlift.core.decide import decide
 from fleetlift.core.errors import Conflict, FleetError
@@ -59,8 +60,18 @@ def pause_after(took_s: float, every_s: float = ROUND_EVERY_S) -> float:
     return max(every_s - took_s, min(took_s / ROUND_SHARE - took_s, PAUSE_MOST_S), 0.05)
 
 
+class Rounds(Protocol):
+    """What has rounds: a `Runner`."""
+
+    name: str
+
+    async def round(self, now: float) -> None: ...
+
+    def forget(self) -> None: ...
+
+
 async def rounds_forever(
-    runner: "Runner",
+    runner: Rounds,
     wake: asyncio.Event,
     *,
     every_s: float = ROUND_EVERY_S,

@@ -12,7 +12,7 @@ import msgspec
 
 from fleetlift.core import decide as decisions
 from fleetlift.core.command import Path, PathStatus, Reported
-from fleetlift.core.errors import Conflict, Unavailable
+from fleetlift.core.errors import Conflict, FleetError, Unavailable
 from fleetlift.core.migration import (
     AuditEntry,
     Decision,
@@ -71,6 +71,8 @@ class Witness(Protocol):
     ) -> None: ...
 
     def told(self, side: str, orders: Mapping[str, Orders]) -> None: ...
+
+    def broken(self, promise: str, what: str) -> None: ...
 
 
 class EngineDatabase:
@@ -266,9 +268,8 @@ class Controller:
         )
         wake = asyncio.Event()
         self._engine.wakes.append(wake)
-        await rounds_forever(
-            runner, wake, every_s=self._round_every_s, now=self._clock.time, monotonic=self._clock.time
-        )
+        guarded, now = _Guarded(runner, self._witness), self._clock.time
+        await rounds_forever(guarded, wake, every_s=self._round_every_s, now=now, monotonic=now)
 
     def kill(self, why: str) -> None:
         """SIGKILL: nothing of it runs any more."""
@@ -345,6 +346,24 @@ class Controller:
         if not self._new.up or self._new.hanging or self.reach_new.failing:
             raise Unavailable("NATS does not answer")
         return self._new.append(topic, payload, headers)
+
+
+class _Guarded:
+    """A runner whose rounds may fail for what is away, and for nothing else."""
+
+    def __init__(self, runner: Runner, witness: Witness) -> None:
+        self.name = runner.name
+        self.forget = runner.forget
+        self._runner = runner
+        self._witness = witness
+
+    async def round(self, now: float) -> None:
+        try:
+            await self._runner.round(now)
+        except (FleetError, OSError, TimeoutError):
+            raise
+        except Exception as error:
+            self._witness.broken("goes on", f"a round has failed: {type(error).__name__}: {error}")
 
 
 class _JournalPort:
@@ -535,7 +554,7 @@ class _FeedPort:
     ) -> tuple[str, list[SideCommand]]:
         commands = self._new.database.commands
         if not again and not commands.waiting(Path.OLD, now):
-            await asyncio.sleep(0.25)  # polls in steps of what matters here
+            await asyncio.sleep(0.4)  # polls in steps of what matters here
             return "", []
 
         def effect() -> tuple[str, list[SideCommand]]:

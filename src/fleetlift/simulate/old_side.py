@@ -214,7 +214,7 @@ class OldSide:
                 at += len(items)
                 if items:
                     yield str(at), items
-                    await asyncio.sleep(0.5)  # what comes meanwhile goes together
+                    await asyncio.sleep(0.8)  # what comes meanwhile goes together
                 elif at >= len(self.events):
                     await wake.wait()
         finally:

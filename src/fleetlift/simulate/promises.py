@@ -40,6 +40,7 @@ PROMISES: dict[str, str] = {
     "written first": "no device hears of an order that is not in the database and in the journal",
     "nobody stranded": "once faults have ended, every device reaches a side that takes what it sends",
     "release": "the old side is let go only when nobody is left behind unnoticed",
+    "goes on": "no round of the controller fails, but for what is away",
     "audit complete": "each change of state has its line, and the decision can be computed again",
 }
 RECOMPUTE_EVERY = 16
@@ -236,7 +237,11 @@ class Promises:
         if any(member.rung != index for member in raised):
             self.broken("bounded blast", f"{names} told to climb to a rung that is not open")
         before = _before(state.rung, state.wave, rungs)
-        if before is not None and before not in self._passed and not self._was_full(before, was, rungs, seen):
+        if (
+            before is not None
+            and before not in self._passed
+            and not self._was_full(before, state, rungs, seen)
+        ):
             self.broken("never blind", f"wave {state.rung}/{state.wave} opened, and {before} never passed")
         able = [m for m in state.members.values() if m.state is not MemberState.EXCLUDED]
         here = [m for m in able if m.device in fleet]
@@ -258,16 +263,16 @@ class Promises:
     def _was_full(
         self,
         place: tuple[int, int],
-        was: MigrationState,
+        state: MigrationState,
         rungs: Sequence[Rung],
         seen: Observations,
     ) -> bool:
         """Whether a wave that was never opened had nobody to add, so that it was skipped."""
         index, wave = place
         fleet = {device.id for device in seen.fleet or ()}
-        here = sum(m.device in fleet and m.state is not MemberState.EXCLUDED for m in was.members.values())
+        here = sum(m.device in fleet and m.state is not MemberState.EXCLUDED for m in state.members.values())
         shares = [rungs[index].waves[wave], *(rung.waves[-1] for rung in rungs[1:index])]
-        on_rung = sum(m.rung >= index for m in was.members.values())
+        on_rung = sum(m.rung >= index for m in state.members.values())
         return on_rung >= min(_share(share, here) for share in shares)
 
     # -- release -----------------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ from fleetlift.device.agent import AgentSettings
 from fleetlift.simulate.device import Firmware
 
 DEVICES_MOST = 300
-_SIZES = ((0.5, 3, 10), (0.35, 11, 25), (0.13, 26, 60), (0.02, 61, DEVICES_MOST))
+_SIZES = ((0.6, 3, 7), (0.3, 8, 16), (0.09, 17, 40), (0.01, 41, DEVICES_MOST))
 _WAVES = (
     ("100%",),
     ("50%", "100%"),
@@ -129,7 +129,7 @@ def _device(seed: int, n: int, bad: tuple[float, Firmware]) -> DeviceDraw:
         hardware=c.choice((1, 2, 2, 3, 3, 3)),
         updatable=c.random() > 0.04,
         firmware=bad[1] if misbehaves else Firmware(),
-        period_s=c.uniform(1.5, 6.0),
+        period_s=c.uniform(2.0, 8.0),
         joins_at=c.uniform(10, 200) if n >= 3 and c.random() < 0.05 else None,
         outbox_max=c.choice((30, 20_000, 20_000, 20_000)),
     )

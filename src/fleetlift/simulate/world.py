@@ -171,7 +171,7 @@ class World:
             digest=self.history.digest(),
             violated=violated.promise if violated is not None else None,
             what=violated.what if violated is not None else "",
-            trace=tuple(self.history.tail(trace)) if violated is not None or trace < 0 else (),
+            trace=tuple(self.history.tail(abs(trace))) if violated is not None or trace < 0 else (),
         )
 
     def _run(self) -> None:
