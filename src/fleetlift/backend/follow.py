@@ -56,7 +56,7 @@ async def until_stopped(ctx: Context, *work: Awaitable[None]) -> None:
             await asyncio.wait([stop, *tasks], return_when=asyncio.FIRST_COMPLETED)
         finally:
             stop.cancel()
-            await _end(tasks)
+            await end(tasks)
 
 
 async def follow(
@@ -70,8 +70,9 @@ async def follow(
         log.info("reader_starts_again", reader=reader)
 
 
-async def _end(tasks: Sequence["asyncio.Task[None]"]) -> None:
-    """Cancel tasks and see them end. Asked again, since a library's `wait_for` may lose a cancellation."""
+async def end(tasks: Sequence["asyncio.Task[None]"]) -> None:
+    """Cancel tasks and see them end. Asked again, since a library's `wait_for` may lose a cancellation: of
+    asyncpg's, when a connection breaks in the same moment."""
     pending = set(tasks)
     while pending:
         for task in pending:
@@ -122,10 +123,10 @@ class _Follower:
                 with contextlib.suppress(_LostPlace):
                     task.result()
         finally:
-            await _end(group)
+            await end(group)
             if self.telling is not None:
                 await asyncio.wait([self.telling], timeout=_FINISH_S)
-                await _end([self.telling])
+                await end([self.telling])
 
     def _take_live(self, subject: str, payload: bytes) -> None:
         if len(self.live) >= LIVE_MAX:
@@ -178,7 +179,7 @@ class _Follower:
         except asyncio.CancelledError:
             await asyncio.wait([task], timeout=_FINISH_S)
             if not task.done():
-                await _end([task])
+                await end([task])
             raise
 
     async def _group(self, messages: Sequence[Message], position: LogPosition | None) -> None:

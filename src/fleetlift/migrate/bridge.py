@@ -14,6 +14,7 @@ from typing import Any
 
 import msgspec
 
+from fleetlift.backend.follow import end
 from fleetlift.core.command import Path, PathStatus, Reported, storable
 from fleetlift.core.errors import BadInput, FleetError, Unavailable
 from fleetlift.core.migration import FleetDevice
@@ -133,12 +134,17 @@ class Bridge:
 
     async def run(self) -> None:
         """Run until cancelled. Each part comes back by itself when the side or the backend was away."""
-        async with asyncio.TaskGroup() as group:
-            group.create_task(self._again(self._feed_once, "feed"), name=f"feed {self.key}")
-            group.create_task(self._again(self._snapshots, "inventory"), name=f"inventory {self.key}")
-            group.create_task(self._again(self._courier, "courier"), name=f"courier {self.key}")
-            if self._noise is not None:
-                group.create_task(self._again(self._noise.run, "noise"), name=f"noise {self.key}")
+        parts = {"feed": self._feed_once, "inventory": self._snapshots, "courier": self._courier}
+        if self._noise is not None:
+            parts["noise"] = self._noise.run
+        tasks = [
+            asyncio.create_task(self._again(part, name), name=f"{name} {self.key}")
+            for name, part in parts.items()
+        ]
+        try:
+            await asyncio.gather(*tasks)
+        finally:
+            await end(tasks)
 
     async def _again(self, part: Any, what: str) -> None:
         failures = 0
@@ -225,24 +231,28 @@ class Bridge:
         pending: asyncio.Queue[_Batch] = asyncio.Queue(BATCHES_IN_FLIGHT)
         async with asyncio.TaskGroup() as group:
             settling = group.create_task(self._settle(pending))
-            after = await self.position()
-            self._feed_since, self._feed_lag_s = self._monotonic(), None
-            if self._noise is not None:
-                self._noise.begin()
-            async for position, items in self.side.feed(after):
-                stored: asyncio.Future[list[DeadLetter]] | None = None
-                answers: list[CommandAnswered] = []
-                messages: list[TelemetryReceived] = []
-                for item in items:
-                    self._take(item, messages, answers)
-                if messages:
-                    # Tasks of the group: whatever fails ends this round before a position is stored.
-                    stored = group.create_task(self._enter(messages))
+            try:
+                after = await self.position()
+                self._feed_since, self._feed_lag_s = self._monotonic(), None
                 if self._noise is not None:
-                    self._noise.passed(position, len(messages))
-                await pending.put((position, stored, answers, messages[-1].received_at if messages else None))
-            await pending.join()
-            settling.cancel()
+                    self._noise.begin()
+                async for position, items in self.side.feed(after):
+                    stored: asyncio.Future[list[DeadLetter]] | None = None
+                    answers: list[CommandAnswered] = []
+                    messages: list[TelemetryReceived] = []
+                    for item in items:
+                        self._take(item, messages, answers)
+                    if messages:
+                        # Tasks of the group: whatever fails ends this round before a position is stored.
+                        stored = group.create_task(self._enter(messages))
+                    if self._noise is not None:
+                        self._noise.passed(position, len(messages))
+                    await pending.put(
+                        (position, stored, answers, messages[-1].received_at if messages else None)
+                    )
+                await pending.join()
+            finally:
+                await end([settling])
 
     def _take(
         self, item: FeedItem, messages: list[TelemetryReceived], answers: list[CommandAnswered]

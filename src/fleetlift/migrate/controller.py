@@ -16,6 +16,7 @@ from typing import Any
 import asyncpg
 
 from fleetlift.backend.context import Context
+from fleetlift.backend.follow import end
 from fleetlift.core.decide import begin
 from fleetlift.core.errors import BadInput, FleetError
 from fleetlift.core.migration import (
@@ -305,8 +306,7 @@ class Controller:
         bridge, _, task = self._running.pop(name)
         self._wake.pop(name, None)
         self._rules.pop(name, None)
-        task.cancel()
-        await asyncio.gather(task, return_exceptions=True)
+        await end([task])
         bridge.migrations.pop(name, None)
 
     async def _tend_bridges(self) -> None:
@@ -315,8 +315,7 @@ class Controller:
         for key, (bridge, task) in list(self._bridges.items()):
             if not bridge.migrations:
                 if task is not None:
-                    task.cancel()
-                    await asyncio.gather(task, return_exceptions=True)
+                    await end([task])
                 await bridge.close()
                 del self._bridges[key]
             elif task is None:
