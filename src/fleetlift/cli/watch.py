@@ -61,6 +61,7 @@ EVENT_SIGNS: Mapping[str, tuple[str, str]] = {
     "wave_returned": ("↩", BAD),
     "device_sent_back": ("↩", BAD),
     "emergency_taken_in": ("↩", BAD),
+    "emergency_repeated": ("↩", WARN),
     "migration_reverting": ("↩", BAD),
     "migration_reverted": ("↩", BAD),
 }
