@@ -224,6 +224,16 @@ async def flush_s(conn: Conn) -> float:
     return float(found["ms"]) / float(found["n"]) / 1000 if found["n"] else 0.0
 
 
+async def durability(conn: Conn) -> str:
+    """What the two engines were told to force to disk, and when."""
+    commit, fsync = [
+        await conn.fetchval(f"SELECT current_setting('{name}')") for name in ("synchronous_commit", "fsync")
+    ]
+    return (
+        f"NATS sync_interval {overrides_from().sync}; PostgreSQL synchronous_commit {commit}, fsync {fsync}"
+    )
+
+
 # -- limits -----------------------------------------------------------------------------------------------
 
 
@@ -321,6 +331,7 @@ async def search(bench: Bench, *, begin_at: float = TARGET, inside: bool = True)
                 async with generator(backend.mqtt, devices) as source:
                     await _look_inside(bench, backend, source, rate)
             flushed_s = await flush_s(connection)
+            durable = await durability(connection)
             copied = await raw_copy(bench, connection, channel)
         finally:
             await connection.close()
@@ -335,7 +346,7 @@ async def search(bench: Bench, *, begin_at: float = TARGET, inside: bool = True)
         f"the generator was late by {load.late_p99_s * 1000:.0f} ms (p99), "
         f"{load.late_max_s * 1000:.0f} ms (most)",
         f"p99 of each trial: {steps}",
-        f"NATS sync_interval {overrides_from().sync}, PostgreSQL synchronous_commit on",
+        durable,
     )
     return Found(rate=rate, trial=proof, copy_rows_s=copied, invalid=invalid, notes=notes)
 
