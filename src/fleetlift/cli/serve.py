@@ -355,6 +355,8 @@ def plan_settings(options: Options, directory: Path, overrides: Overrides) -> Se
     for path in filter(None, (options.cert, options.key)):
         if not Path(path).is_file():
             raise BadInput(f"{path} is not a file: give a PEM file")
+    if options.cert:
+        _check_pair(options.cert, options.key)
     http = checked_address(options.http, "http")
     edge = options.mqtts or options.mqtt or "127.0.0.1:1883"
     if not overrides.nats_url:
@@ -406,6 +408,21 @@ def plan_settings(options: Options, directory: Path, overrides: Overrides) -> Se
         nats_sys_password=keys.sys,
         nats_issuer_seed=keys.issuer_seed,
     )
+
+
+def _check_pair(cert: str, key: str) -> None:
+    """BadInput unless these are a certificate and its key: the engines would fail on them again and again."""
+
+    def no_passphrase() -> str:
+        raise BadInput(f"--key {key}: is locked by a passphrase; give it without one, readable by you alone")
+
+    try:
+        ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(cert, key, password=no_passphrase)
+    except ssl.SSLError as error:
+        what = "is not the key of that certificate" if "MISMATCH" in str(error) else "cannot be read as PEM"
+        raise BadInput(f"--cert {cert}, --key {key}: the pair {what} ({error.reason or error})") from None
+    except OSError as error:
+        raise BadInput(f"--cert {cert}, --key {key}: {error.strerror}") from None
 
 
 def _raise_file_limit() -> None:
