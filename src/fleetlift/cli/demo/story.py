@@ -187,6 +187,7 @@ class Demo:
     def _watch(self, api: Api, old: str) -> MigrationStatus:
         """The live screen until the migration has ended. Once, after a breach, the plan is narrowed."""
         narrowed = False
+        reverts = 0  # of which the plan was narrowed; that it is taken in shows a moment later
         deadline = time.monotonic() + PATIENCE_S
         held_at: float | None = None
         with Live(console=self.console, screen=self.console.is_terminal, auto_refresh=False) as live:
@@ -200,11 +201,11 @@ class Demo:
                     return status
                 if status.phase is Phase.HELD:
                     held_at = held_at or time.monotonic()
-                    if narrowed:
+                    if narrowed and status.reverts > reverts:
                         raise Unavailable(f"the migration is held again: {status.reason}")
-                    if time.monotonic() - held_at > TIME_TO_READ_S:
+                    if not narrowed and time.monotonic() - held_at > TIME_TO_READ_S:
                         api.post(f"/migrations/{NAME}/amend", {"plan": self._plan(NARROW, old)})
-                        narrowed = True
+                        narrowed, reverts = True, status.reverts
                 if time.monotonic() > deadline:
                     raise Unavailable(f"the migration has not ended within {PATIENCE_S / 60:.0f} minutes")
                 time.sleep(POLL_S)
