@@ -51,7 +51,7 @@ async def read_status(engine: Pool, name: str, *, now: float) -> MigrationStatus
     by_side = {"old": 0, "both": 0, "new": 0}
     for count in part:
         by_side[side_of(rungs[min(standing(count), len(rungs) - 1)].flags)] += count.devices
-    shown = _rungs(state, rungs, part, taking_part)
+    shown = _rungs(plan, state, rungs, part, taking_part)
     every = -(-len(points) // TIMELINE_POINTS) or 1
     thinned = [p for i, p in enumerate(points) if (len(points) - 1 - i) % every == 0]
     return MigrationStatus(
@@ -112,7 +112,7 @@ def _sum(counts: Sequence[MemberCount], *states: MemberState) -> int:
 
 
 def _rungs(
-    state: MigrationState, rungs: Sequence[Rung], counts: Sequence[MemberCount], fleet: int
+    plan: Plan, state: MigrationState, rungs: Sequence[Rung], counts: Sequence[MemberCount], fleet: int
 ) -> tuple[RungStatus, ...]:
     shown = []
     for rung in rungs[1:]:
@@ -124,7 +124,7 @@ def _rungs(
                 stage=rung.stage,
                 mark=mark,
                 devices=sum(c.devices for c in counts if standing(c) >= rung.index),
-                waves=_waves(state, rungs, rung, fleet, mark),
+                waves=_waves(plan, state, rungs, rung, fleet, mark),
             )
         )
     return tuple(shown)
@@ -139,12 +139,14 @@ def _rung_mark(state: MigrationState, index: int) -> Mark:
 
 
 def _waves(
-    state: MigrationState, rungs: Sequence[Rung], rung: Rung, fleet: int, mark: Mark
+    plan: Plan, state: MigrationState, rungs: Sequence[Rung], rung: Rung, fleet: int, mark: Mark
 ) -> tuple[WaveStatus, ...]:
     below = [lower.waves[-1] for lower in rungs[1 : rung.index]]
     before, shown = 0, []
     for place, share in enumerate(rung.waves):
-        limit = max(before, approved((share, *below), fleet))
+        last = place + 1 == len(rung.waves)
+        most = approved((share, *below), fleet, control=plan.fleet.control, last=last)
+        limit = max(before, most)
         adds, before = limit - before, limit
         if mark is Mark.OPEN:
             now = Mark.DONE if place < state.wave else Mark.WAITING
