@@ -53,6 +53,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
 
     log_max_age_s: int = 7 * 86400  # how long the log keeps messages
     log_max_bytes: int = 20 * 1024**3
+    log_replicas: int = 1  # on so many servers of a cluster
     telemetry_keep_days: int = 30  # older telemetry is dropped, a whole day at a time
     shadow_state_bytes: int = 65_536  # desired and reported of one shadow together; AWS allows 8192
     log_level: str = "info"
@@ -86,7 +87,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
 class Overrides(msgspec.Struct, frozen=True, kw_only=True):
     """What the environment says: engines of one's own instead of the embedded ones, and limits."""
 
-    nats_url: str = ""  # nats://HOST:PORT, or tls://HOST:PORT
+    nats_url: str = ""  # nats://HOST:PORT, or tls://HOST:PORT; of a cluster several, with commas between
     nats_ca: str = ""
     nats_auth_user: str = "auth"
     nats_auth_password: str = ""
@@ -100,6 +101,7 @@ class Overrides(msgspec.Struct, frozen=True, kw_only=True):
     engine_database_url: str = ""
     log_max_age_s: int = 7 * 86400
     log_max_bytes: int = 20 * 1024**3
+    log_replicas: int = 1
     telemetry_keep_days: int = 30
     shadow_state_bytes: int = 65_536
     log_level: str = "info"
@@ -127,6 +129,13 @@ def overrides_from(environ: Mapping[str, str] | None = None) -> Overrides:
     overrides = msgspec.convert(found, Overrides)
     if not re.fullmatch(r"always|[1-9]\d{0,5}(ms|s)", overrides.sync):
         raise BadInput(f"FLEETLIFT_SYNC={overrides.sync!r}: give always, or a time such as 100ms or 1s")
+    if overrides.log_replicas > 1 and not overrides.nats_url:
+        raise BadInput(
+            f"FLEETLIFT_LOG_REPLICAS={overrides.log_replicas}: the embedded NATS is one server; name a "
+            "cluster in FLEETLIFT_NATS_URL (docs/durability.md)"
+        )
+    if overrides.log_replicas not in (1, 3, 5):
+        raise BadInput(f"FLEETLIFT_LOG_REPLICAS={overrides.log_replicas}: give 1, 3 or 5")
     needed = ("nats_auth_password", "nats_svc_password", "nats_sys_password", "nats_issuer_seed")
     missing = [f"FLEETLIFT_{name.upper()}" for name in needed if not getattr(overrides, name)]
     if overrides.nats_url and missing:

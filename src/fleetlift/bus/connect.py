@@ -31,7 +31,7 @@ async def connected(
 
     try:
         client = await nats.connect(
-            settings.nats_url,
+            settings.nats_url.split(","),
             user=user,
             password=password,
             name=name,
@@ -72,7 +72,7 @@ async def ensure_log(client: Client, settings: Settings) -> None:
         max_bytes=settings.log_max_bytes,
         max_consumers=MAX_CONSUMERS,
         allow_direct=True,
-        num_replicas=1,
+        num_replicas=settings.log_replicas,
     )
     try:
         found = (await js.stream_info(STREAM)).config
@@ -85,8 +85,7 @@ async def ensure_log(client: Client, settings: Settings) -> None:
             f"the stream {STREAM} exists with {found.retention} retention, which loses messages: stop the "
             f"devices, delete it (nats stream rm '{STREAM}') and start again"
         )
-    if (found.max_age, found.max_bytes) != (settings.log_max_age_s, settings.log_max_bytes):
-        await js.update_stream(
-            wanted.evolve(num_replicas=found.num_replicas, max_consumers=found.max_consumers)
-        )
-        log.info("log_limits_changed", max_age_s=settings.log_max_age_s, max_bytes=settings.log_max_bytes)
+    limits = (settings.log_max_age_s, settings.log_max_bytes, settings.log_replicas)
+    if (found.max_age, found.max_bytes, found.num_replicas) != limits:
+        await js.update_stream(wanted.evolve(max_consumers=found.max_consumers))
+        log.info("log_limits_changed", max_age_s=limits[0], max_bytes=limits[1], replicas=limits[2])

@@ -6,6 +6,7 @@ Source: https://docs.nats.io/reference/reference-protocols/nats-protocol
 """
 
 import asyncio
+import contextlib
 import secrets
 import ssl
 from collections.abc import Callable
@@ -179,11 +180,22 @@ async def connect(
     ca: str = "",
     timeout_s: float = 5.0,
 ) -> Wire:
-    """Connect and sign in. Raises Unavailable when the server cannot be reached or refuses.
+    """Connect and sign in. Of several servers, with commas between, to the first that answers.
 
+    Raises Unavailable when none can be reached, or it refuses.
     With a `tls://` URL the server's certificate must be good for its name, by the authority in the PEM file
     `ca` (empty: by those that the system trusts).
     """
+    servers = url.split(",")
+    for server in servers[:-1]:
+        with contextlib.suppress(Unavailable):
+            return await _connect(server, user, password, name, on_message, ca, timeout_s / len(servers))
+    return await _connect(servers[-1], user, password, name, on_message, ca, timeout_s / len(servers))
+
+
+async def _connect(
+    url: str, user: str, password: str, name: str, on_message: OnMessage, ca: str, timeout_s: float
+) -> Wire:
     parts = urlsplit(url if "://" in url else f"nats://{url}")
     host, port = parts.hostname or "127.0.0.1", parts.port or 4222
     tls = (trusting(ca), host) if parts.scheme == "tls" else None

@@ -383,6 +383,7 @@ def plan_settings(options: Options, directory: Path, overrides: Overrides) -> Se
         engine_database_url=overrides.engine_database_url,
         log_max_age_s=overrides.log_max_age_s,
         log_max_bytes=overrides.log_max_bytes,
+        log_replicas=overrides.log_replicas,
         telemetry_keep_days=overrides.telemetry_keep_days,
         shadow_state_bytes=overrides.shadow_state_bytes,
         log_level=overrides.log_level,
