@@ -20,7 +20,8 @@ from numpy.random import Generator
 from numpy.typing import NDArray
 
 from fleetlift.core.delays import EDGES_S
-from fleetlift.core.gates import METRICS, Gate, judge, limit_of, parse_gate
+from fleetlift.core.gates import Gate, judge, limit_of, parse_gate
+from fleetlift.core.metrics import METRICS
 from fleetlift.core.migration import Arm, Basis, Sample, Spread, Verdict
 from fleetlift.core.sampled import Figure, assess
 

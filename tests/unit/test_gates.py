@@ -14,7 +14,8 @@ from msgspec.structs import replace
 from fleetlift.core.delays import BUCKETS
 from fleetlift.core.errors import BadInput
 from fleetlift.core.figures import arm, rate_sample, share_sample, spread, time_sample
-from fleetlift.core.gates import METRICS, Gate, Op, Source, judge, parse_gate, parse_query_gate
+from fleetlift.core.gates import Gate, Op, Source, judge, parse_gate, parse_query_gate
+from fleetlift.core.metrics import METRICS
 from fleetlift.core.migration import Basis, GateResult, Sample, Verdict
 
 ADVANCE, HOLD, REVERT = Verdict.ADVANCE, Verdict.HOLD, Verdict.REVERT

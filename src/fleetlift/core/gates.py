@@ -1,4 +1,4 @@
-"""Gates: the grammar they are written in, the table of metrics, and the verdict on a measurement.
+"""Gates: the grammar they are written in, and the verdict on a measurement.
 
     telemetry.completeness >= 99.99%
     telemetry.delay.p99 <= 1.2 x old              a ratio to the old side, measured in the same window
@@ -21,120 +21,16 @@ import math
 import re
 from collections.abc import Mapping
 from enum import StrEnum
-from types import MappingProxyType
 from typing import Final
 
 import msgspec
 from msgspec.structs import replace
 
 from fleetlift.core.errors import BadInput
+from fleetlift.core.metrics import METRICS, Better, Metric
 from fleetlift.core.migration import GateResult, Sample, Verdict
 from fleetlift.core.sampled import Figure, Limit, assess, compared, measured, still_needed
 from fleetlift.core.units import Quantity, format_count, format_duration, format_quantity, parse_quantity
-
-
-class Better(StrEnum):
-    HIGHER = "higher"
-    LOWER = "lower"
-
-
-class Metric(msgspec.Struct, frozen=True, kw_only=True):
-    """What a gate can ask about. `at_least`: the n below which there is no verdict."""
-
-    name: str
-    meaning: str
-    unit: str  # "%", "s" or "" (a count)
-    better: Better
-    at_least: int
-    counts: str  # what n counts
-    figure: Figure
-    has_old: bool = False  # can be compared with the old side
-
-    @property
-    def sampled(self) -> bool:
-        return self.figure is not Figure.COUNTED
-
-
-def _metrics(*rows: tuple[str, str, Better, int, str, Figure, bool, str]) -> Mapping[str, Metric]:
-    return MappingProxyType(
-        {
-            name: Metric(
-                name=name,
-                unit=unit,
-                better=better,
-                at_least=n,
-                counts=counts,
-                figure=figure,
-                has_old=old,
-                meaning=meaning,
-            )
-            for name, unit, better, n, counts, figure, old, meaning in rows
-        }
-    )
-
-
-_UP, _DOWN = Better.HIGHER, Better.LOWER
-_COUNTED, _SHARE, _TIME, _RATE = Figure.COUNTED, Figure.SHARE, Figure.TIME, Figure.RATE
-METRICS: Final = _metrics(
-    (
-        *("telemetry.completeness", "%", _UP, 10, "messages", _COUNTED, False),
-        "of the messages that moved devices have numbered, the share that the new side has",
-    ),
-    (
-        *("telemetry.delay.p50", "s", _DOWN, 20, "messages", _TIME, True),
-        "half of the messages came sooner after the time that they carry",
-    ),
-    ("telemetry.delay.p95", "s", _DOWN, 20, "messages", _TIME, True, "95 of 100 messages came sooner"),
-    ("telemetry.delay.p99", "s", _DOWN, 20, "messages", _TIME, True, "99 of 100 messages came sooner"),
-    (
-        *("parity.differing", "%", _DOWN, 100, "pairs", _COUNTED, False),
-        "of the messages that both sides have, the share that differs above the old side's own noise",
-    ),
-    (
-        *("devices.silent", "", _DOWN, 1, "moved devices", _COUNTED, False),
-        "moved devices that the new side has not heard from for longer than `silent_after`",
-    ),
-    (
-        *("devices.failed", "", _DOWN, 1, "told devices", _COUNTED, False),
-        "devices of the wave that went back by themselves, or stayed though they are connected",
-    ),
-    (
-        *("commands.agreement", "%", _UP, 5, "commands", _SHARE, False),
-        "of the commands sent by both paths, the share that both paths answered alike",
-    ),
-    (
-        *("commands.success", "%", _UP, 5, "commands", _SHARE, True),
-        "of the commands that ended, the share that did what was asked",
-    ),
-    (
-        *("commands.latency.p50", "s", _DOWN, 5, "commands", _TIME, True),
-        "half of the commands were answered sooner",
-    ),
-    (
-        *("commands.latency.p95", "s", _DOWN, 5, "commands", _TIME, True),
-        "95 of 100 commands were answered sooner",
-    ),
-    (
-        *("commands.latency.p99", "s", _DOWN, 20, "commands", _TIME, True),
-        "99 of 100 commands were answered sooner",
-    ),
-    (
-        *("commands.executed_twice", "", _DOWN, 1, "commands", _COUNTED, False),
-        "commands that a device carried out more than once",
-    ),
-    (
-        *("connections.flapping", "", _DOWN, 1, "moved devices", _COUNTED, False),
-        "moved devices that connected to the new side three times or more in five minutes",
-    ),
-    (
-        *("connections.rate", "", _DOWN, 1, "moved devices", _RATE, True),
-        "how often a device connects anew, in an hour on the average",
-    ),
-    (
-        *("moves.success", "%", _UP, 1, "told devices", _COUNTED, False),
-        "of the devices told to move that could be reached, the share that moved and stayed",
-    ),
-)
 
 
 class Source(StrEnum):

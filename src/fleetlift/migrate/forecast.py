@@ -11,7 +11,8 @@ from typing import Final
 import msgspec
 
 from fleetlift.core.delays import EDGES_S
-from fleetlift.core.gates import METRICS, Gate, limit_of
+from fleetlift.core.gates import Gate, limit_of
+from fleetlift.core.metrics import METRICS
 from fleetlift.core.migration import Arm, Basis, Sample, Spread
 from fleetlift.core.sampled import Figure, Limit, assess
 from fleetlift.migrate.wave import LEAST
