@@ -18,6 +18,14 @@ steps:
   - {move: telemetry, stages: [both, new], waves: [1 device, 1%, 100%], bake: 100s}
   - {move: commands, stages: [new], waves: [50%, 100%], bake: 10s}
 """)
+CONTROLLED = """
+migration: m
+fleet: {tenant: carshare, control: 3 devices}
+from: {legacy: "tcp://127.0.0.1:7700"}
+to: {fleetlift: default}
+steps:
+  - {move: telemetry, stages: [both], waves: [90%, 100%], bake: 100s}
+"""
 STATE = MigrationState(name="m", rung=1, wave=1, wave_opened_at=1000.0, bake_started_at=1010.0)
 COUNTS = [
     MemberCount(rung=1, came_from=0, state=MemberState.MOVED, devices=1, never_seen=0),
@@ -28,17 +36,24 @@ COUNTS = [
 
 def marks(state: MigrationState) -> list[list[str]]:
     return [
-        [rung.mark, *(wave.mark for wave in rung.waves)] for rung in _rungs(state, ladder(PLAN), COUNTS, 10)
+        [rung.mark, *(wave.mark for wave in rung.waves)]
+        for rung in _rungs(PLAN, state, ladder(PLAN), COUNTS, 10)
     ]
 
 
 def test_waves_are_done_open_waiting_or_add_nothing() -> None:
     """One device is one per cent of ten already: the second wave adds none."""
-    shown = _rungs(replace(STATE, wave=2), ladder(PLAN), COUNTS, 10)
+    shown = _rungs(PLAN, replace(STATE, wave=2), ladder(PLAN), COUNTS, 10)
     assert [wave.devices for wave in shown[0].waves] == [1, 0, 9]
     assert [wave.mark for wave in shown[0].waves] == [Mark.DONE, Mark.SKIPPED, Mark.OPEN]
     assert [rung.mark for rung in shown] == [Mark.OPEN, Mark.WAITING, Mark.WAITING]
     assert shown[0].devices == 1
+
+
+def test_the_control_is_left_to_the_last_wave() -> None:
+    plan = parse_plan(CONTROLLED)
+    shown = _rungs(plan, STATE, ladder(plan), COUNTS, 10)
+    assert [wave.devices for wave in shown[0].waves] == [7, 3]
 
 
 def test_a_wave_that_goes_back_is_seen_to() -> None:
@@ -61,7 +76,7 @@ def test_at_the_end_everything_is_done_and_after_a_revert_nothing_is() -> None:
 def test_time_left_is_bakes_to_come_and_moves_as_long_as_so_far() -> None:
     """The open wave's rest, then every wave that adds devices."""
     state = replace(STATE, wave=2)
-    shown = _rungs(state, ladder(PLAN), COUNTS, 10)
+    shown = _rungs(PLAN, state, ladder(PLAN), COUNTS, 10)
     left = time_left(PLAN, state, shown, [4.0, 4.0, 30.0], now=1050.0)
     # 60 s of this bake; rung 2: two waves that add; rung 3: two waves
     assert left == 60 + 2 * (4 + 100) + 2 * (4 + 10)
