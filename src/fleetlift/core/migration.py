@@ -45,7 +45,7 @@ class MemberState(StrEnum):
     EXCLUDED = "excluded"  # no longer, or never, eligible; `reason` says why
 
 
-class Member(msgspec.Struct, frozen=True, kw_only=True):
+class Member(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     """One device of the migration. `rank` is its place in the order; a device keeps it for good."""
 
     device: str
@@ -89,7 +89,7 @@ class FleetDevice(msgspec.Struct, frozen=True, kw_only=True):
     since: float | None = None  # since when it has been connected or away; None: never seen
 
 
-class DeviceObservation(msgspec.Struct, frozen=True, kw_only=True):
+class DeviceObservation(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     """What is known of one device now. `report` is the newest epoch's report seen by either side."""
 
     connected_old: bool = False
@@ -189,7 +189,7 @@ class Observations(msgspec.Struct, frozen=True, kw_only=True):
     new_up: bool = True
 
 
-class Tell(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+class Tell(msgspec.Struct, frozen=True, kw_only=True, gc=False, tag=True):
     """Give one device its order for a rung. Safe to repeat: the device applies an epoch once."""
 
     device: str

@@ -28,7 +28,7 @@ class LinkFlag(StrEnum):
     NEW = "new"  # the old link is closed
 
 
-class Flags(msgspec.Struct, frozen=True, kw_only=True, rename="kebab"):
+class Flags(msgspec.Struct, frozen=True, kw_only=True, gc=False, rename="kebab"):
     """Which side does what for one device. The defaults are a device that nobody has moved."""
 
     telemetry: TelemetryFlag = TelemetryFlag.OLD
@@ -73,7 +73,7 @@ class DevicePhase(StrEnum):
     WENT_BACK = "went-back"  # the try failed, or the new side was lost for too long: on the old side alone
 
 
-class DeviceReport(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+class DeviceReport(msgspec.Struct, frozen=True, kw_only=True, gc=False, omit_defaults=True):
     """What a device says of itself, by every link it has: the orders it has applied, and how that went."""
 
     epoch: int
