@@ -1,0 +1,229 @@
+"""How many commands a second go from an HTTP request to their final state, and how long the latest take.
+
+One request a command (`POST /api/v1/devices/{id}/commands`), by 32 kept connections to the one API process;
+each device gets its command by MQTT, QoS 1, and answers `SUCCEEDED`; the command has come to its end when the
+backend tells the device that its answer is accepted, which it does once that is committed. The model is open:
+latency counts from the moment at which the request was meant to be made.
+"""
+
+import asyncio
+from typing import cast
+
+import asyncpg
+import msgspec
+
+from benchmarks.bench import Bench
+from benchmarks.clients import Device, Load, OpenModel, child, connected, generate
+from benchmarks.figures import BenchFailed, Figure, Measured
+from benchmarks.ingest import register, too_busy
+from benchmarks.ladder import highest
+from benchmarks.processes import Profile
+from fleetlift.core import mqtt
+from fleetlift.testing import running_backend
+
+DEVICES = 200
+CONNECTIONS = 32
+TARGET = 1000.0
+RATES = (100.0, 200.0, 300.0, 400.0, 500.0, 600.0, 700.0, 850.0, TARGET, 1200.0, 1400.0, 1700.0, 2000.0)
+P99_MAX_S = 0.5
+SUSTAINED_S = 30.0
+
+FIGURES = (
+    Figure(
+        name="commands_s",
+        unit="/s",
+        better="higher",
+        target=TARGET,
+        means="single commands by HTTP, each executed and answered, for 30 s with a p99 below 0.5 s",
+    ),
+    Figure(
+        name="commands_p99_s",
+        unit="s",
+        better="lower",
+        target=P99_MAX_S,
+        means="from the intended request to the final state stored, at that rate",
+    ),
+)
+
+
+class Spec(msgspec.Struct, frozen=True, kw_only=True):
+    host: str
+    port: int
+    devices: list[tuple[str, str]]
+    http: tuple[str, int]
+    token: str
+    rate: float
+    seconds: float
+
+
+class _Http(asyncio.Protocol):
+    """One kept connection with one request at a time; answers are short and have a Content-Length."""
+
+    def __init__(self, pool: "_Requests") -> None:
+        self._pool, self._buffer, self.number = pool, b"", 0
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self.transport = cast(asyncio.Transport, transport)
+
+    def data_received(self, data: bytes) -> None:
+        self._buffer += data
+        head, found, body = self._buffer.partition(b"\r\n\r\n")
+        if not found:
+            return
+        lines = head.lower().split(b"\r\n")
+        length = next(int(line[15:]) for line in lines if line.startswith(b"content-length:"))
+        if len(body) >= length:
+            self._buffer = b""
+            self._pool.done(self, int(head[9:12]), body)
+
+
+class _Answer(msgspec.Struct):
+    id: str
+
+
+class _Requests:
+    """Requests by whichever connection is free; those for which none is wait in order."""
+
+    def __init__(self, spec: Spec, model: OpenModel) -> None:
+        self._spec, self._model = spec, model
+        self._free: list[_Http] = []
+        self._queue: list[int] = []
+        self._numbers: dict[str, int] = {}  # of commands by id, once the API has said it
+        self._early: set[str] = set()  # final before the API's own answer was read
+
+    async def open(self) -> None:
+        loop = asyncio.get_running_loop()
+        for _ in range(CONNECTIONS):
+            _, connection = await loop.create_connection(lambda: _Http(self), *self._spec.http)
+            self._free.append(connection)
+
+    def send(self, number: int) -> None:
+        if not self._free:
+            self._queue.append(number)
+            return
+        connection = self._free.pop()
+        connection.number = number
+        device, _ = self._spec.devices[number % len(self._spec.devices)]
+        body = b'{"name":"lock","params":{"door":%d}}' % (number % 4)
+        connection.transport.write(
+            b"POST /api/v1/devices/%s/commands HTTP/1.1\r\nHost: bench\r\nAuthorization: Bearer %s\r\n"
+            b"Content-Type: application/json\r\nContent-Length: %d\r\n\r\n%s"
+            % (device.encode(), self._spec.token.encode(), len(body), body)
+        )
+
+    def done(self, connection: _Http, status: int, body: bytes) -> None:
+        if status != 202:
+            self._model.refused(connection.number)
+        else:
+            command = msgspec.json.decode(body, type=_Answer).id
+            if command in self._early:
+                self._early.discard(command)
+                self._model.answered(connection.number)
+            else:
+                self._numbers[command] = connection.number
+        self._free.append(connection)
+        if self._queue:
+            self.send(self._queue.pop(0))
+
+    def final(self, command: str) -> None:
+        if (number := self._numbers.pop(command, None)) is None:
+            self._early.add(command)
+        else:
+            self._model.answered(number)
+
+
+async def commands(spec: Spec) -> Load:
+    """The generator: callers and devices."""
+    model = OpenModel(spec.rate, spec.seconds)
+    requests = _Requests(spec, model)
+
+    def on_publish(device: Device, packet: mqtt.Publish) -> None:
+        # $aws/commands/things/{device}/executions/{command}/request/json, or …/response/accepted/json
+        parts = packet.topic.split("/")
+        if parts[6] == "request":
+            answer = f"$aws/commands/things/{device.name}/executions/{parts[5]}/response/json"
+            device.publish(answer, b'{"status":"SUCCEEDED"}')
+        else:
+            requests.final(parts[5])
+
+    def filters(name: str) -> list[tuple[str, int]]:
+        base = f"$aws/commands/things/{name}/executions/+"
+        return [(f"{base}/request/json", 1), (f"{base}/response/accepted/json", 0)]
+
+    await connected((spec.host, spec.port), spec.devices, filters, on_publish)
+    await requests.open()
+    return await model.run(requests.send)
+
+
+class Trial(msgspec.Struct, frozen=True, kw_only=True):
+    load: Load
+    profile: Profile
+
+    @property
+    def problem(self) -> str:
+        load = self.load
+        if load.answered != load.sent:
+            return f"{load.sent - load.answered} of {load.sent} commands did not come to their end"
+        return f"p99 {load.p99_s:.2f} s" if load.p99_s > P99_MAX_S else ""
+
+
+async def run(bench: Bench) -> list[Measured]:
+    async with running_backend(bench.directory / "backend") as backend:
+        connection = await asyncpg.connect(backend.settings.database_url)
+        try:
+            devices = await register(connection, DEVICES)
+            ended = 0
+
+            async def trial(rate: float, seconds: float) -> Trial:
+                nonlocal ended
+                bench.progress(f"{rate:,.0f} commands a second for {seconds:.0f} s")
+                host, port = backend.mqtt
+                web, _, web_port = backend.url.partition("://")[2].rpartition(":")
+                spec = Spec(
+                    host=host,
+                    port=port,
+                    devices=devices,
+                    http=(web, int(web_port)),
+                    token=backend.token,
+                    rate=rate,
+                    seconds=seconds,
+                )
+                roots = {"serve": backend.pid}
+                async with bench.profiled(f"{rate:,.0f} commands a second", roots) as profile:
+                    load = await generate(
+                        "benchmarks.commands", spec, lambda pid: roots.update(generator=pid)
+                    )
+                bench.profiles.pop()
+                if load.refused:
+                    raise BenchFailed(f"{load.refused} commands were refused by the API")
+                ended += load.answered
+                stored = await connection.fetchval("SELECT count(*) FROM command WHERE status = 'succeeded'")
+                if stored < ended:
+                    raise BenchFailed(f"{ended} commands came to their end, and {stored} are stored so")
+                ended = int(stored)  # in a trial that failed some may have ended later
+                return Trial(load=load, profile=profile)
+
+            rate, proof, tried = await highest(
+                RATES, TARGET, trial, short_s=bench.seconds(8.0, 4.0), long_s=bench.seconds(SUSTAINED_S)
+            )
+        finally:
+            await connection.close()
+    bench.profiles.append(proof.profile)
+    load = proof.load
+    notes = (
+        f"{load.sent:,} commands to {DEVICES} devices, every one succeeded"
+        if not proof.problem
+        else f"not sustained: {proof.problem}",
+        f"request to final state: p50 {load.p50_s * 1000:.0f} ms, p99 {load.p99_s * 1000:.0f} ms, longest "
+        f"{load.max_s * 1000:.0f} ms; the generator was late by {load.late_p99_s * 1000:.0f} ms (p99)",
+        "p99 of each trial: " + ", ".join(f"{r:,.0f}: {t.load.p99_s:.2f} s" for r, t in tried),
+    )
+    invalid = proof.problem or load.late or too_busy(proof.profile)
+    return [
+        Measured(name="commands_s", value=rate, invalid=invalid, notes=notes),
+        Measured(name="commands_p99_s", value=load.p99_s, invalid=invalid),
+    ]
+
+
+if __name__ == "__main__":
+    child(Spec, commands)

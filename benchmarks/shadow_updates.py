@@ -1,0 +1,154 @@
+"""How many shadow updates of devices a backend acknowledges in a second.
+
+200 devices publish `{"state": {"reported": {…}}}` to their own shadow by MQTT, QoS 1, in an open model; what
+counts is the `accepted` message that comes back to the device that asked, after the commit. A rate counts
+when every update was accepted, the stored versions say so too, and 99 of 100 came within a second of when the
+update was meant to be sent.
+"""
+
+import asyncpg
+import msgspec
+
+from benchmarks.bench import Bench
+from benchmarks.clients import Device, Load, OpenModel, child, connected, generate
+from benchmarks.figures import BenchFailed, Figure, Measured
+from benchmarks.ingest import register, too_busy
+from benchmarks.ladder import highest
+from benchmarks.processes import Profile
+from fleetlift.core import mqtt
+from fleetlift.testing import running_backend
+
+DEVICES = 200
+TARGET = 3000.0
+RATES = (
+    500.0,
+    1000.0,
+    1500.0,
+    2000.0,
+    2500.0,
+    TARGET,
+    4000.0,
+    5000.0,
+    6000.0,
+    7000.0,
+    8000.0,
+    9000.0,
+    10_000.0,
+)
+P99_MAX_S = 1.0
+SUSTAINED_S = 30.0
+_BODY = (
+    b'{"state":{"reported":{"n":%d,"soc":78.5,"lat":47.137421,"lon":8.542319,"locked":true,"cabin":21.5}},'
+    b'"clientToken":"%d"}'
+)
+_TOKEN = b'"clientToken":"'
+
+FIGURES = (
+    Figure(
+        name="shadow_updates_s",
+        unit="/s",
+        better="higher",
+        target=TARGET,
+        means="shadow updates by MQTT accepted, sustained for 30 s with a p99 below 1 s",
+    ),
+)
+
+
+class Spec(msgspec.Struct, frozen=True, kw_only=True):
+    host: str
+    port: int
+    devices: list[tuple[str, str]]
+    rate: float
+    seconds: float
+
+
+async def updates(spec: Spec) -> Load:
+    """The generator."""
+    model = OpenModel(spec.rate, spec.seconds)
+
+    def on_publish(device: Device, packet: mqtt.Publish) -> None:
+        start = packet.payload.rindex(_TOKEN) + len(_TOKEN)
+        number = int(packet.payload[start : packet.payload.index(b'"', start)])
+        if packet.topic.endswith("/accepted"):
+            model.answered(number)
+        else:
+            model.refused(number)
+
+    def filters(name: str) -> list[tuple[str, int]]:
+        base = f"$aws/things/{name}/shadow/update"
+        return [(f"{base}/accepted", 0), (f"{base}/rejected", 0)]
+
+    devices = await connected((spec.host, spec.port), spec.devices, filters, on_publish)
+    topics = [f"$aws/things/{device.name}/shadow/update" for device in devices]
+
+    def send(number: int) -> None:
+        which = number % len(devices)
+        devices[which].publish(topics[which], _BODY % (number, number))
+
+    return await model.run(send)
+
+
+class Trial(msgspec.Struct, frozen=True, kw_only=True):
+    load: Load
+    profile: Profile
+
+    @property
+    def problem(self) -> str:
+        load = self.load
+        if load.answered != load.sent:
+            return f"{load.sent - load.answered} of {load.sent} updates were not accepted"
+        return f"p99 {load.p99_s:.2f} s" if load.p99_s > P99_MAX_S else ""
+
+
+async def run(bench: Bench) -> list[Measured]:
+    async with running_backend(bench.directory / "backend") as backend:
+        connection = await asyncpg.connect(backend.settings.database_url)
+        try:
+            devices = await register(connection, DEVICES)
+            accepted = 0
+
+            async def trial(rate: float, seconds: float) -> Trial:
+                nonlocal accepted
+                bench.progress(f"{rate:,.0f} updates a second for {seconds:.0f} s")
+                host, port = backend.mqtt
+                spec = Spec(host=host, port=port, devices=devices, rate=rate, seconds=seconds)
+                roots = {"serve": backend.pid}
+                async with bench.profiled(f"{rate:,.0f} updates a second", roots) as profile:
+                    load = await generate(
+                        "benchmarks.shadow_updates", spec, lambda pid: roots.update(generator=pid)
+                    )
+                bench.profiles.pop()
+                if load.refused:
+                    raise BenchFailed(f"{load.refused} updates were refused")
+                accepted += load.answered
+                stored = await connection.fetchval(
+                    "SELECT coalesce(sum(version), 0) FROM shadow WHERE name = ''"
+                )
+                if stored < accepted:
+                    raise BenchFailed(
+                        f"{accepted} updates were accepted, and the versions sum up to {stored}"
+                    )
+                accepted = int(stored)  # some may have come to nobody in a trial that failed
+                return Trial(load=load, profile=profile)
+
+            rate, proof, tried = await highest(
+                RATES, TARGET, trial, short_s=bench.seconds(8.0, 4.0), long_s=bench.seconds(SUSTAINED_S)
+            )
+        finally:
+            await connection.close()
+    bench.profiles.append(proof.profile)
+    load = proof.load
+    notes = (
+        f"{load.sent:,} updates of {DEVICES} devices, every one accepted and stored"
+        if not proof.problem
+        else f"not sustained: {proof.problem}",
+        f"update to accepted: p50 {load.p50_s * 1000:.0f} ms, p99 {load.p99_s * 1000:.0f} ms, longest "
+        f"{load.max_s * 1000:.0f} ms; the generator was late by {load.late_p99_s * 1000:.0f} ms (p99)",
+        "p99 of each trial: " + ", ".join(f"{r:,.0f}: {t.load.p99_s:.2f} s" for r, t in tried),
+    )
+    invalid = proof.problem or load.late or too_busy(proof.profile)
+    return [Measured(name="shadow_updates_s", value=rate, invalid=invalid, notes=notes)]
+
+
+if __name__ == "__main__":
+    child(Spec, updates)
