@@ -31,8 +31,7 @@ from fleetlift.core.timeline import TimelinePoint
 from fleetlift.levers.flag import FlagLever
 from fleetlift.migrate import journal as journals
 from fleetlift.migrate.bridge import Bridge
-from fleetlift.migrate.planfile import parse_plan
-from fleetlift.migrate.runner import ERROR_PAUSE_S, Runner, rounds_forever
+from fleetlift.migrate.runner import ERROR_PAUSE_S, Runner, read_plan, rounds_forever
 from fleetlift.sides.base import FeedItem, SideCommand
 from fleetlift.simulate.clock import Clock, Crashed
 from fleetlift.simulate.device import ENDPOINT
@@ -233,7 +232,7 @@ class Controller:
                 break
             except OSError:
                 await asyncio.sleep(ERROR_PAUSE_S)
-        plan = parse_plan(stored.plan)
+        plan = read_plan(stored.plan)
         bridge = Bridge(
             _OldPort(self),
             key=KEY,

@@ -14,6 +14,7 @@ from fleetlift.core.orders import DevicePhase, Flags
 from fleetlift.core.plan import check_amendment
 from fleetlift.core.ranges import RangeSet
 from fleetlift.core.selection import selected
+from fleetlift.core.telemetry import Telemetry, parse
 from fleetlift.device.messages import LinkState
 from fleetlift.migrate import journal as journals
 from fleetlift.migrate.emergency import bring_back
@@ -35,6 +36,7 @@ MAIN_MOST_S = 700.0  # a migration that has not come to an end by then is looked
 SETTLE_MOST_S = 260.0  # after the last fault: strandings, time-outs and back-offs all fit into it
 BACK_WITHIN_S = 200.0
 LOOK_EVERY_S = 5.0  # how often the operator looks
+FRESH_S = 5.0  # a message may be on its way from the log to its row for so long
 SUPERVISOR_S = 1.0  # how soon a controller that died is started again
 
 
@@ -221,7 +223,8 @@ class World:
             done = self.engine.held.state.phase in (Phase.FINISHED, Phase.REVERTED, Phase.RELEASED)
             return done and self.clock.now >= faults_until
 
-        self.clock.run(START + MAIN_MOST_S, over)
+        cut_at = self.scenario.cut_at
+        self.clock.run(START + (MAIN_MOST_S if cut_at is None else cut_at), over)
 
     # -- faults ------------------------------------------------------------------------------------------
 
@@ -385,6 +388,7 @@ class World:
         broken = self.promises.broken
         database = self.new.database
         rows = database.numbers()
+        self._count_the_newest(rows)
         for device in self.devices.values():
             if device.boots and (why := self._stranded(device)):
                 broken("nobody stranded", f"{when}: {why}")
@@ -396,6 +400,16 @@ class World:
         if database.dead_letters:
             broken("nothing lost", f"{when}: a message was refused: {database.dead_letters[0]}")
         self._check_once()
+
+    def _count_the_newest(self, rows: dict[str, dict[str, RangeSet]]) -> None:
+        """What came into the log a moment ago need not be a row yet."""
+        for _, topic, headers, payload, at in reversed(self.new.log):
+            if at < self.clock.now - FRESH_S:
+                break
+            found = parse(topic, headers, payload, at)
+            if isinstance(found, Telemetry) and found.seq is not None:
+                channels = rows.setdefault(found.device, {})
+                channels.setdefault(found.channel, RangeSet()).add(found.seq)
 
     def _check_device(self, device: SimulatedDevice, rows: dict[str, RangeSet], when: str) -> None:
         broken, id_ = self.promises.broken, device.id
