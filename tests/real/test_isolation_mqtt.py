@@ -18,6 +18,7 @@ from nats.errors import Error as NatsError
 from fleetlift.backend import registry
 from fleetlift.backend.context import Context
 from fleetlift.backend.registry import Credential, NewDevice
+from fleetlift.bus.embedded import SUBSCRIPTIONS_MAX
 from fleetlift.config import split_address
 from fleetlift.core import mqtt
 from fleetlift.edge import auth
@@ -354,3 +355,16 @@ async def test_the_bus_itself_is_closed_to_devices(edge: Context) -> None:
                 allow_reconnect=False,
                 connect_timeout=5,
             )
+
+
+async def test_one_device_cannot_subscribe_without_end(edge: Context) -> None:
+    """Each QoS 1 filter is a consumer of the log, of which all devices have a number together."""
+    async with signed_in(edge, "a1") as caller:
+        granted = 0
+        for n in range(SUBSCRIPTIONS_MAX + 50):
+            if not await caller.may_subscribe(f"$aws/things/a1/shadow/name/n{n}/get/accepted"):
+                break
+            granted += 1
+        assert 50 <= granted <= SUBSCRIPTIONS_MAX
+    async with signed_in(edge, "b1") as other:
+        assert await other.may_subscribe("$aws/things/b1/shadow/#")

@@ -20,6 +20,7 @@ from fleetlift.backend import passwords
 from fleetlift.core import where as conditions
 from fleetlift.core.errors import BadInput, Conflict, NotFound
 from fleetlift.core.identity import checked_device_id, checked_tenant_id
+from fleetlift.core.jsonvalue import deeper_than
 from fleetlift.store import devices as store
 from fleetlift.store.devices import Device, DeviceRow, StoredCredential, Tenant
 from fleetlift.store.paging import DEFAULT_LIMIT, Page
@@ -29,6 +30,7 @@ MAX_CREDENTIALS = 8
 MAX_SECRET_CHARS = 1024
 MAX_PEM_CHARS = 16 * 1024
 MAX_ATTRIBUTES_BYTES = 16 * 1024
+MAX_ATTRIBUTES_DEPTH = 32  # deeper ones could be stored and then not be read again
 GRANTED = 100  # the place of the credential that a migration gave
 
 _DIALECTS = frozenset({"native", "aws", "google", "thingsboard", "artik", "azure"})
@@ -208,6 +210,10 @@ def checked(device: NewDevice) -> DeviceRow:
     checked_tenant_id(device.tenant)
     if device.dialect not in _DIALECTS:
         raise BadInput(f"dialect {device.dialect!r}: use one of {', '.join(sorted(_DIALECTS))}")
+    if deeper_than(device.attributes, MAX_ATTRIBUTES_DEPTH):
+        raise BadInput(
+            f"device {device.id!r}: attributes are nested deeper than {MAX_ATTRIBUTES_DEPTH} levels"
+        )
     try:
         attributes = msgspec.json.encode(device.attributes).decode()
     except (TypeError, ValueError, OverflowError, RecursionError) as wrong:

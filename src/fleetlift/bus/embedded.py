@@ -22,6 +22,8 @@ from fleetlift.supervise import ChildSpec, Supervised
 
 SERVER_NAME = "fleetlift"
 MAX_PAYLOAD = 1024 * 1024
+# Of one connection. A QoS 1 filter is a consumer of the log, of which all devices have a number together.
+SUBSCRIPTIONS_MAX = 200
 _PREFIX_BYTE_ACCOUNT = 0
 _SPARE_FILES = 1000  # JetStream opens files too; at the limit publishes stall
 
@@ -80,6 +82,7 @@ server_name: {SERVER_NAME}
 host: "{host}"
 port: {port}
 max_payload: {MAX_PAYLOAD}
+max_subscriptions: {SUBSCRIPTIONS_MAX}
 max_connections: {connections}
 write_deadline: "10s"
 logtime_utc: true
