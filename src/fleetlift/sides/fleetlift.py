@@ -4,6 +4,7 @@ It speaks to the backend's own database and log. Whatever is down shows as `Unav
 be repeated.
 """
 
+import asyncio
 import base64
 import contextlib
 import hashlib
@@ -367,20 +368,27 @@ class FleetliftSide:
         wanted = list(devices)
         if not self._services.nc.is_connected:
             raise Unavailable("the new side's NATS does not answer: devices cannot be moved there now")
-        with _reachable():
+
+        async def reported() -> list[tuple[str, str]]:
             async with self._pool.acquire() as conn:
-                reports = self._reports(await shadow_store.reported(conn, SHADOW_NAME, wanted))
-                online = await conn.fetch(
+                return await shadow_store.reported(conn, SHADOW_NAME, wanted)
+
+        with _reachable():  # at once: of a large fleet one is decoded while the database works on the others
+            found, online, heard = await asyncio.gather(
+                reported(),
+                self._pool.fetch(
                     "SELECT device FROM presence WHERE connected AND device = ANY($1::text[])", wanted
-                )
-                heard = await conn.fetch(
+                ),
+                self._pool.fetch(
                     "SELECT device, "
                     "extract(epoch FROM max(last_at) FILTER (WHERE path = $2))::float8 AS new, "
                     "extract(epoch FROM max(last_at) FILTER (WHERE path <> $2))::float8 AS old "
                     "FROM ledger WHERE device = ANY($1::text[]) GROUP BY device",
                     wanted,
                     MQTT_PATH,
-                )
+                ),
+            )
+        reports = self._reports(found)
         connected = {device for (device,) in online}
         times = {device: (new, old) for device, new, old in heard}
         seen: dict[str, DeviceObservation] = {}
