@@ -51,6 +51,7 @@ EVENT_SIGNS: Mapping[str, tuple[str, str]] = {
     "stragglers_found": ("!", WARN),
     "foreign_orders_seen": ("!", WARN),
     "devices_went_back": ("!", WARN),
+    "devices_try_again": ("!", WARN),
     "devices_not_adopted": ("!", WARN),
     "devices_of_another_tenant": ("!", WARN),
     "migration_not_taken_up": ("!", WARN),

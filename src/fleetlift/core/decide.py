@@ -30,6 +30,7 @@ from fleetlift.core.evidence import (
     listed,
     newest,
     obeys_another,
+    tries_again,
     went_back,
     why_back,
 )
@@ -615,18 +616,25 @@ class _Deciding(Round):
     # -- repeating -------------------------------------------------------------------------------------
 
     def _tell_again(self) -> None:
-        """Repeat orders not yet obeyed: soon at first, then more slowly; at once to a device come online."""
+        """Repeat orders not yet obeyed: soon at first, then more slowly; at once to a device come online.
+
+        A device that has moved and tries again needs its order's probe once more. It is not raised by that,
+        so it gets it while nothing may climb as well.
+        """
         last = self.state.told_again_at
         if last is not None and self.now - last < TELL_AGAIN_S:
             return
         climbing = self.state.phase in (Phase.RUNNING, Phase.FINISHED) and self._sides_up()
         again: list[Member] = []
         afresh: list[Member] = []
+        anew: list[Member] = []
         for member in self.members.values():
             if member.told_at is None or member.device in self.tells:
                 continue
             seen = self.sight(member)
             if not self._unanswered(member):
+                if member.rung > 0 and self._sides_up() and self.online(member) and tries_again(member, seen):
+                    anew.append(member)
                 continue
             if member.rung > 0 and member.state in (MemberState.MOVING, MemberState.STRAGGLER):
                 if not climbing:
@@ -644,9 +652,10 @@ class _Deciding(Round):
                     afresh.append(member)
             elif self._due(member, last):
                 again.append(member)
-        if not again and not afresh:
+        if not again and not afresh and not anew:
             return
-        for member in again:
+        self.note_devices("devices_try_again", "moved, and trying the new side anew", anew)
+        for member in again + anew:
             self.tells[member.device] = Tell(device=member.device, epoch=member.epoch, rung=member.rung)
         for state in (MemberState.MOVING, MemberState.RETURNING, MemberState.EXCLUDED):
             self.order((m for m in afresh if _as_told(m) is state), state=state)

@@ -56,6 +56,16 @@ def went_back(member: Member, seen: DeviceObservation) -> bool:
     )
 
 
+def tries_again(member: Member, seen: DeviceObservation) -> bool:
+    """Whether a device that has moved is at the same order's try once more, as after its disk was wiped.
+
+    The report by the new side tells: what it says there comes in order, and by the old side alone it cannot
+    know what the new one has seen of it.
+    """
+    report = seen.report_by_new
+    return report is not None and report.phase is DevicePhase.TRYING and report.epoch == member.epoch > 0
+
+
 def why_back(member: Member, seen: DeviceObservation) -> str:
     for report in (seen.report, seen.report_by_new):
         if report is not None and report.phase is DevicePhase.WENT_BACK and report.epoch >= member.epoch:
