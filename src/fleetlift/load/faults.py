@@ -1,6 +1,7 @@
 """The faults a soak strikes with, as a table: how each strikes, and how it heals where nothing heals it."""
 
 import asyncio
+import contextlib
 import os
 import signal
 import time
@@ -48,7 +49,8 @@ def _killed(name: str) -> Strike:
 
     async def strike(world: World, chance: Random) -> str:
         pid = await _pid(world, name)
-        os.kill(pid, signal.SIGKILL)
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
         return f"kill -9 {name} ({pid})"
 
     return strike
@@ -56,9 +58,12 @@ def _killed(name: str) -> Strike:
 
 async def _one_backend_of_postgres(world: World, chance: Random) -> str:
     """SIGKILL of one server process: PostgreSQL throws out all connections and recovers by itself."""
-    children = psutil.Process(await _pid(world, "postgres")).children()
-    chosen = chance.choice(sorted(children, key=lambda child: child.pid))
-    chosen.kill()
+    pid = await _pid(world, "postgres")
+    try:
+        chosen = chance.choice(sorted(psutil.Process(pid).children(), key=lambda child: child.pid))
+        chosen.kill()
+    except (psutil.NoSuchProcess, IndexError):
+        return "postgres was gone already"
     return f"kill -9 a process of postgres ({chosen.pid})"
 
 
@@ -70,7 +75,8 @@ def _ended(part: Callable[[World], Part], ready: str) -> Strike:
         pid = struck.pid
         struck.kill()
         await asyncio.sleep(away_s)
-        struck.start()
+        if struck.pid is None:
+            struck.start()
         await struck.until_printed(ready, within_s=START_WITHIN_S)
         return f"kill -9 {struck.name} ({pid}), started again after {away_s:.1f} s"
 
@@ -84,12 +90,16 @@ def _hung(name: str) -> Strike:
         own = {"legacy": world.legacy, "device": world.fleet}.get(name)
         pid = (own.pid or 0) if own is not None else await _pid(world, name)
         for_s = chance.uniform(*HANG_S)
-        halted = psutil.Process(pid)
-        halted.suspend()
+        try:
+            halted = psutil.Process(pid)
+            halted.suspend()
+        except psutil.NoSuchProcess:  # another strike of the same moment was quicker
+            return f"{name} was gone already"
         try:
             await asyncio.sleep(for_s)
         finally:
-            halted.resume()
+            with contextlib.suppress(psutil.NoSuchProcess):
+                halted.resume()
         return f"halted {name} ({pid}) for {for_s:.1f} s"
 
     return strike
@@ -100,7 +110,8 @@ def _stuck(name: str) -> Strike:
 
     async def strike(world: World, chance: Random) -> str:
         pid = await _pid(world, name)
-        psutil.Process(pid).suspend()
+        with contextlib.suppress(psutil.NoSuchProcess):
+            psutil.Process(pid).suspend()
         deadline = time.monotonic() + PID_WITHIN_S
         while world.pid(name) in (pid, None):
             if time.monotonic() > deadline:
@@ -117,7 +128,8 @@ def _at_step(step: str) -> Strike:
 
     async def strike(world: World, chance: Random) -> str:
         world.killed_at.write_text("".join(f"{other}\n" for other in STEPS if other != step))
-        os.kill(await _pid(world, "controller"), signal.SIGKILL)  # its successor reads the file
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(await _pid(world, "controller"), signal.SIGKILL)  # its successor reads the file
         deadline = time.monotonic() + STEP_WITHIN_S
         while step not in world.killed_at.read_text().split():
             if time.monotonic() > deadline:
