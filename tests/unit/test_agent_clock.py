@@ -223,3 +223,17 @@ def test_a_full_disk_that_takes_orders_lets_them_be_reported() -> None:
     w.free_disk()
     w.run(15)
     assert w.drained() and not w.lost() and w.sides[OLD].final("c1") == [S.SUCCEEDED]
+
+
+@pytest.mark.parametrize("off_s", OFF)
+def test_a_jump_keeps_no_message_longer_than_a_power_cut_asks_for(off_s: float) -> None:
+    """A clock set back by an hour would else keep an hour's telemetry on the device's disk."""
+    w = World()
+    w.move(ALL_NEW)
+    w.produce()
+    w.run(0.1)
+    w.jump(off_s)
+    for _ in range(6):
+        w.produce()
+        w.run(1)
+    assert len(w.disk.outbox) <= 3

@@ -999,6 +999,7 @@ class Agent:
             link.in_flight = {key: (held, at + by) for key, (held, at) in link.in_flight.items()}
             for id_, (status, detail, sent_at) in link.owed.items():
                 link.owed[id_] = (status, detail, None if sent_at is None else sent_at + by)
+        self._kept = deque((at + by, held) for at, held in self._kept)
         self._clock.jumped(by)
         self._legs_at += by
         self._timer_at += by
