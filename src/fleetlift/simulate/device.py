@@ -295,7 +295,7 @@ class SimulatedDevice:
 
     def _execute(self, action: m.Execute) -> None:
         self._move_actuator(action.id, self.disk.commands[action.id].path, by_agent=True)
-        self._clock.after(0.05 + 0.4 * self._chance.random(), self._finished, self.boots, action.id)
+        self._clock.after(0.05 + 3.0 * self._chance.random() ** 2, self._finished, self.boots, action.id)
 
     def _move_actuator(self, command: str, path: Path, *, by_agent: bool) -> None:
         self._history.note(self.id, "executes", command, path.value, by_agent)

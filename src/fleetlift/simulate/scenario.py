@@ -90,7 +90,7 @@ def draw(seed: int, devices: int | None = None, faults: Sequence[int] | None = N
         plan=_plan(chance(seed, "plan")),
         faults=drawn if faults is None else tuple(f for f in drawn if f.number in faults),
         round_every_s=c.choice((1.0, 2.0, 3.0)),
-        commands_every_s=c.uniform(0.8, 3.0),
+        commands_every_s=c.uniform(0.6, 2.5),
         meddling=0.0 if calm else c.choice((0.0, 0.0, 0.05, 0.2)),
         ending=c.choice(("stay", "revert", "revert", "journal", "journal", "release")),
         cut_at=c.uniform(20, 300) if c.random() < 0.4 else None,
@@ -200,8 +200,8 @@ def _seconds(value: float) -> str:
 
 KINDS: dict[str, tuple[float, float, float]] = {
     # kind: how likely beside the others, and how long it lasts
-    "reboot": (3, 0.5, 30),
-    "power": (2, 1, 120),
+    "reboot": (6, 0.5, 30),
+    "power": (3, 1, 120),
     "disk full": (2, 5, 40),
     "clock": (2, 0, 0),
     "cut": (2, 0, 0),
