@@ -8,7 +8,13 @@ from fleetlift.simulate.run import simulate
 # Where to begin, so that the first seeds already have what it takes (an amendment, a crash in a window of
 # milliseconds); any seed after it may be the one that notices.
 FROM = {
-    "rows-after-position": 1,
+    "commands-forgotten": 12,
+    "dead-man-off": 12,
+    "epoch-ignored": 25,
+    "excluded-forgotten": 30,
+    "feed-position-first": 17,
+    "rows-after-position": 26,
+    "stragglers-forgotten": 55,
 }
 WITHIN = 80  # seeds
 

@@ -19,11 +19,12 @@ from fleetlift.device.messages import LinkState
 from fleetlift.migrate import journal as journals
 from fleetlift.migrate.emergency import bring_back
 from fleetlift.migrate.runner import read_plan
+from fleetlift.sides.base import TelemetryReceived
 from fleetlift.simulate import faults
 from fleetlift.simulate.clock import START, Clock
 from fleetlift.simulate.database import Database
 from fleetlift.simulate.device import NAMES, Sides, SimulatedDevice
-from fleetlift.simulate.engine import NAME, Controller, EngineDatabase, JournalFile, OwnersSide
+from fleetlift.simulate.engine import KEY, NAME, Controller, EngineDatabase, JournalFile, OwnersSide
 from fleetlift.simulate.history import History
 from fleetlift.simulate.network import Link
 from fleetlift.simulate.new_side import NewSide
@@ -361,7 +362,7 @@ class World:
     def _feed_behind(self) -> bool:
         if self.engine.held.state.phase is Phase.RELEASED:
             return False
-        position = int(self.new.database.feed_positions.get("legacy simulated") or 0)
+        position = int(self.new.database.feed_positions.get(KEY) or 0)
         return position < len(self.old.events) - 200
 
     def _stranded(self, device: SimulatedDevice) -> str:
@@ -389,6 +390,7 @@ class World:
         database = self.new.database
         rows = database.numbers()
         self._count_the_newest(rows)
+        self._check_feed(rows, when)
         for device in self.devices.values():
             if device.boots and (why := self._stranded(device)):
                 broken("nobody stranded", f"{when}: {why}")
@@ -400,6 +402,16 @@ class World:
         if database.dead_letters:
             broken("nothing lost", f"{when}: a message was refused: {database.dead_letters[0]}")
         self._check_once()
+
+    def _check_feed(self, rows: dict[str, dict[str, RangeSet]], when: str) -> None:
+        """What lies before the position that the bridge has stored has come over."""
+        position = int(self.new.database.feed_positions.get(KEY) or 0)
+        for item in self.old.events[:position]:
+            if type(item) is not TelemetryReceived or item.seq is None:
+                continue
+            if item.seq not in rows.get(item.device, {}).get(item.channel, ()):
+                what = f"{item.device} {item.channel} {item.seq}"
+                self.promises.broken("nothing lost", f"{when}: the feed has gone past {what}")
 
     def _count_the_newest(self, rows: dict[str, dict[str, RangeSet]]) -> None:
         """What came into the log a moment ago need not be a row yet."""
