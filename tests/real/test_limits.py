@@ -148,6 +148,7 @@ async def test_what_a_device_sends_too_much_of_is_a_letter_or_the_end_of_its_con
         ("dt/d/x", large),
         ("dt/d/x", deep),
         ("dt/d/" + "c" * 600, b"{}"),
+        ("dt/d/" + "c" * 60_000, b"{}"),
         ("dt/d/x", b'{"seq":%d}' % 2**63),
     )
     for n, (topic, body) in enumerate(sent, 1):
