@@ -11,10 +11,6 @@ from datetime import UTC, datetime
 from typing import Any, Literal
 
 import msgspec
-from cryptography import x509
-from cryptography.exceptions import UnsupportedAlgorithm
-from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
-from cryptography.hazmat.primitives.serialization import load_pem_public_key
 
 from fleetlift.backend import passwords
 from fleetlift.core import where as conditions
@@ -246,7 +242,14 @@ def _check_credential(device: str, credential: Credential) -> None:
         _check_certificate(device, value)
 
 
+# `cryptography` is loaded by the first PEM only: every start of a worker would pay for it.
+
+
 def _check_public_key(device: str, pem: str) -> None:
+    from cryptography.exceptions import UnsupportedAlgorithm
+    from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
+    from cryptography.hazmat.primitives.serialization import load_pem_public_key
+
     try:
         key = load_pem_public_key(pem.encode())
     except (ValueError, UnsupportedAlgorithm):
@@ -258,6 +261,9 @@ def _check_public_key(device: str, pem: str) -> None:
 
 
 def _check_certificate(device: str, pem: str) -> None:
+    from cryptography import x509
+    from cryptography.exceptions import UnsupportedAlgorithm
+
     try:
         certificate = x509.load_pem_x509_certificate(pem.encode())
         certificate.public_key()

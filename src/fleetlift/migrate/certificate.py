@@ -7,10 +7,7 @@ An instance signs with a key of its own, `DIR/certificate.key` (mode 0600). Whoe
 import asyncio
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Final
-
-from cryptography.exceptions import InvalidSignature
-from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
+from typing import TYPE_CHECKING, Final
 
 from fleetlift import __version__
 from fleetlift.config import own_key
@@ -40,6 +37,9 @@ from fleetlift.store import engine as store
 from fleetlift.store.ledger import LedgerRow
 from fleetlift.store.pool import Pool
 
+if TYPE_CHECKING:  # loaded when a key is used: every start of a worker would pay for it
+    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+
 KEY_FILE: Final = "certificate.key"
 SCHEME: Final = "ed25519:"
 
@@ -47,12 +47,14 @@ SCHEME: Final = "ed25519:"
 # -- keys -------------------------------------------------------------------------------------------------
 
 
-def signing_key(data_dir: Path) -> Ed25519PrivateKey:
+def signing_key(data_dir: Path) -> "Ed25519PrivateKey":
     """The instance's key, drawn when there is none yet. BadInput when the file holds none."""
+    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+
     return Ed25519PrivateKey.from_private_bytes(own_key(data_dir / KEY_FILE))
 
 
-def public_text(key: Ed25519PrivateKey) -> str:
+def public_text(key: "Ed25519PrivateKey") -> str:
     """The public half, as certificates and `fleetlift certificate key` write it: `ed25519:` and 64 digits."""
     return SCHEME + key.public_key().public_bytes_raw().hex()
 
@@ -70,6 +72,9 @@ def checked_key(text: str) -> str:
 
 def is_signed(key: str, message: bytes, signature: str) -> bool:
     """Whether `key` has signed `message`; False for what is no key or no signature."""
+    from cryptography.exceptions import InvalidSignature
+    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
+
     found, sign = _hex(key.removeprefix(SCHEME), 32), _hex(signature, 64)
     if not key.startswith(SCHEME) or found is None or sign is None:
         return False

@@ -3,7 +3,6 @@
 import asyncio
 
 import asyncpg
-import httpx
 import msgspec
 
 from fleetlift.core.migration import Sample
@@ -110,6 +109,8 @@ def read_prometheus(body: bytes) -> Sample:
 
 async def prometheus(url: str, query: str) -> Sample:
     """Ask a Prometheus server; no value when it does not answer with one number in time."""
+    import httpx  # here, as few gates ask one and every start would pay for it
+
     try:
         async with (
             asyncio.timeout(QUERY_TIMEOUT_S),
