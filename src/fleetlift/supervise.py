@@ -19,7 +19,6 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequenc
 from pathlib import Path
 
 import msgspec
-import psutil
 
 from fleetlift.core.errors import Conflict, FleetError, Unavailable
 from fleetlift.log import get_logger
@@ -460,6 +459,8 @@ async def locked_directory(
 
 def is_alive(pid: int) -> bool:
     """True when the process runs; one that has ended and was not yet collected does not."""
+    import psutil
+
     try:
         return bool(psutil.Process(pid).status() != psutil.STATUS_ZOMBIE)
     except psutil.Error:
@@ -468,6 +469,8 @@ def is_alive(pid: int) -> bool:
 
 def holders(path: Path) -> list[str]:
     """`name (pid)` of each process that has `path` open, as far as we may see."""
+    import psutil
+
     found = []
     for process in psutil.process_iter(["name"]):
         with contextlib.suppress(psutil.Error, OSError):

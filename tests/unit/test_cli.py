@@ -111,6 +111,34 @@ def test_help_answers_at_once() -> None:
     assert "worker" not in done.stdout
 
 
+def test_a_worker_loads_only_what_its_role_needs() -> None:
+    """Five workers start at once: what only a command line, a PEM or a query needs would delay them all."""
+    code = (
+        "import sys, fleetlift.cli.worker as w\n"
+        "for role in ('telemetry', 'state', 'auth', 'controller'):\n"
+        "    [w.load_service(name) for name in w.ROLES[role]]\n"
+        "heavy = {'cryptography', 'httpx', 'litestar', 'psutil', 'rich', 'typer'} & set(sys.modules)\n"
+        "assert not heavy, heavy\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=CLEAN, check=False
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_worker_without_a_known_role_says_who_starts_it() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "fleetlift", "worker", "cook", "--data", "."],
+        capture_output=True,
+        text=True,
+        env=CLEAN,
+        check=False,
+    )
+    assert done.returncode == 1
+    assert "fleetlift serve" in done.stderr
+    assert "controller" in done.stderr
+
+
 def test_exit_statuses_tell_wrong_use_from_failure(tmp_path: Path) -> None:
     assert fleetlift("--version").stdout.startswith("fleetlift ")
     assert fleetlift("no-such-thing").returncode == 2

@@ -74,9 +74,6 @@ AREAS: dict[str, Area] = {
         (CLI + "simulate:simulate",),
         TRY,
     ),
-    "worker": Area(
-        "Run one worker of a backend; `serve` starts these.", (CLI + "serve:worker",), RUN, hidden=True
-    ),
 }
 
 

@@ -1,4 +1,4 @@
-"""`fleetlift serve`: a whole backend under one parent process, and the workers it starts.
+"""`fleetlift serve`: a whole backend under one parent process.
 
 The parent does no work of its own. It holds the data directory, starts the engines and the workers, starts
 again what dies, and stops everything in order: first the workers, then the engines they need.
@@ -6,7 +6,6 @@ again what dies, and stops everything in order: first the workers, then the engi
 
 import asyncio
 import contextlib
-import importlib
 import os
 import resource
 import signal
@@ -18,17 +17,16 @@ import urllib.request
 from collections.abc import AsyncIterator, Awaitable, Callable
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
 
 import msgspec
 import typer
 
+from fleetlift.cli.worker import ROLES, STOP_SERVICES_S
 from fleetlift.config import (
     RUN_FILE,
     Overrides,
     Settings,
     checked_address,
-    load_run,
     overrides_from,
     read_env,
     save_run,
@@ -41,20 +39,6 @@ from fleetlift.supervise import ChildSpec, Supervised, locked_directory, rotate_
 
 log = get_logger(__name__)
 
-# Each role is a process of its own; each service a coroutine `run(ctx)` in it. Loaded by name, so that a
-# service that cannot be imported takes only its own role down.
-ROLES: dict[str, tuple[str, ...]] = {
-    "telemetry": ("fleetlift.backend.telemetry:run",),
-    "state": (
-        "fleetlift.backend.shadows:run",
-        "fleetlift.backend.commands:run",
-        "fleetlift.edge.presence:run",
-    ),
-    "auth": ("fleetlift.edge.auth:run",),
-    "api": ("fleetlift.api.app:run",),
-    "controller": ("fleetlift.migrate.controller:run",),
-}
-STOP_SERVICES_S = 10.0
 READY_WITHIN_S = 60.0
 HUNG_AFTER_S = 20.0  # a worker that answers no ping for so long is killed and started again
 
@@ -168,7 +152,7 @@ async def _running(options: Options, say: Say, stop: asyncio.Event) -> AsyncIter
                     command=[
                         sys.executable,
                         "-m",
-                        "fleetlift.cli.main",
+                        "fleetlift",
                         "worker",
                         role,
                         "--data",
@@ -522,64 +506,3 @@ async def _keep_logs_bounded(logs: Path) -> None:
         await asyncio.sleep(60.0)
         for path in logs.glob("*.log"):
             await asyncio.to_thread(rotate_log, path)
-
-
-def worker(
-    role: str = typer.Argument(help=f"One of {', '.join(ROLES)}."),
-    data: Path = typer.Option(..., "--data", help="The data directory of the running backend."),
-) -> None:
-    """Run one worker. Begins when a line comes on standard input."""
-    if role not in ROLES:
-        raise typer.BadParameter(f"{role!r}: one of {', '.join(ROLES)}")
-    services = [(name, load_service(name)) for name in ROLES[role]]
-    if not sys.stdin.readline():
-        return  # the parent is gone
-    import uvloop
-
-    settings = load_run(data)
-    configure(level=settings.log_level, role=role)
-    uvloop.run(run_services(settings, role, services))
-
-
-Service = Callable[[Any], Awaitable[None]]
-
-
-def load_service(dotted: str) -> Service:
-    """The coroutine function named `module:function`."""
-    module, _, name = dotted.partition(":")
-    found: Service = getattr(importlib.import_module(module), name)
-    return found
-
-
-async def run_services(settings: Settings, role: str, services: list[tuple[str, Service]]) -> None:
-    """Run services side by side until SIGTERM; when one ends or fails, all end and so does the process."""
-    from fleetlift.backend.alive import answering
-    from fleetlift.backend.context import open_context
-
-    async with open_context(settings, name=role) as ctx:
-        loop = asyncio.get_running_loop()
-        for number in (signal.SIGTERM, signal.SIGINT):
-            loop.add_signal_handler(number, ctx.stop.set)
-
-        async def service_of(name: str, run: Service) -> None:
-            try:
-                await run(ctx)
-            except Exception:
-                log.exception("service_failed", service=name)
-                raise
-            if not ctx.stop.is_set():
-                raise RuntimeError(f"service {name} ended by itself")
-
-        async with asyncio.TaskGroup() as group:
-            tasks = [group.create_task(service_of(name, run), name=name) for name, run in services]
-
-            # Answered only once every service has had its first turns.
-            await asyncio.sleep(0)
-            async with answering(ctx.nc, role):
-                log.info("worker_started", services=[name for name, _ in services])
-                await ctx.stop.wait()
-            _, unfinished = await asyncio.wait(tasks, timeout=STOP_SERVICES_S)
-            for task in unfinished:
-                log.warning("service_cancelled", service=task.get_name(), after_s=STOP_SERVICES_S)
-                task.cancel()
-        log.info("worker_stopped")
