@@ -381,6 +381,18 @@ async def test_agreement_in_dry_run(
     assert sample.n == (agree is not None)
 
 
+async def test_what_is_carried_out_in_a_dry_run_is_seen(pool: Pool, measurer: Measurer) -> None:
+    """Firmware that takes a dry run for real executes each command twice, and agrees with nothing."""
+    await command(pool, 1, old="succeeded", new="succeeded", new_mode="dry-run")
+    await command(pool, 2, old="succeeded", new="would-execute", new_mode="dry-run")
+    dry = Flags(commands=CommandsFlag.DRY_RUN)
+    double = await measure(measurer, "commands.executed_twice", wave("car-1"), dry)
+    assert (double.value, double.n) == (1.0, 2)
+    measurer._cached = None
+    agreed = await measure(measurer, "commands.agreement", wave("car-1"), dry)
+    assert (agreed.value, agreed.n) == (50.0, 2)
+
+
 @pytest.mark.parametrize(
     ("old", "new", "agree", "twice"),
     [

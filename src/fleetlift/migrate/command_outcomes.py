@@ -162,12 +162,13 @@ def _sums(n: str, x: str) -> str:
     )
 
 
-# A path's outcome: good, bad, second (duplicate), none (no answer in time), open (not due yet).
+# A path's outcome: good, bad (also what was carried out in a dry run), second (duplicate), none (no answer in
+# time), open (not due yet).
 _OUTCOME = """CASE
     WHEN {p}.command IS NULL THEN NULL
     WHEN {p}.ended_at IS NULL AND c.due > $now THEN 'open'
     WHEN {p}.ended_at IS NULL OR {p}.ended_at > c.due OR {p}.status IN ('expired', 'unreachable') THEN 'none'
-    WHEN {p}.status IN ('succeeded', 'would-execute') THEN 'good'
+    WHEN {p}.status = 'would-execute' OR ({p}.status = 'succeeded' AND {p}.mode = 'execute') THEN 'good'
     WHEN {p}.status = 'duplicate' THEN 'second'
     ELSE 'bad' END"""
 # Unanswered commands count as slow, with the time they were waited for.
@@ -193,8 +194,7 @@ x AS (
         n.status AS new_status, o.status AS old_status,
         {_outcome("n", "$6")} AS new, {_outcome("o", "$6")} AS old,
         {_LATENCY.format(p="n")} AS new_latency, {_LATENCY.format(p="o")} AS old_latency,
-        n.mode = 'execute' AND o.mode = 'execute'
-            AND (n.status = 'succeeded' OR n.detail->'late'->>'status' = 'succeeded')
+        (n.status = 'succeeded' OR n.detail->'late'->>'status' = 'succeeded')
             AND (o.status = 'succeeded' OR o.detail->'late'->>'status' = 'succeeded') AS twice
     FROM c LEFT JOIN command_path n ON n.command = c.id AND n.path = 'new'
            LEFT JOIN command_path o ON o.command = c.id AND o.path = 'old'),
