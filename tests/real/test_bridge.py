@@ -10,6 +10,7 @@ from typing import Any
 import msgspec
 import pytest
 
+from fault_proxy import FaultProxy
 from fleetlift.backend import commands, registry, telemetry
 from fleetlift.backend.context import Context
 from fleetlift.backend.registry import NewDevice
@@ -379,3 +380,48 @@ async def test_nobody_takes_an_id_under_which_messages_wait(ctx: Context, legacy
         await registry.check_unclaimed(conn, "car-7")
         await registry.put_devices(conn, [NewDevice(id="car-0", tenant="carshare")], make_tenants=True)
         await registry.check_unclaimed(conn, "car-0")
+
+
+async def test_a_feed_that_went_silent_counts_as_behind_and_a_quiet_one_does_not(
+    ctx: Context, legacy: LegacyServer
+) -> None:
+    """A connection that the network has forgotten looks like a fleet with nothing to say; beats tell."""
+    async with FaultProxy(legacy.address) as proxy:
+        side = LegacySide(proxy.url, legacy.owner_key)
+        bridge = Bridge(
+            side,
+            key="legacy test",
+            store=PostgresFeedStore(ctx.pool),
+            to_log=lambda topic, payload, headers: ctx.publisher.to_log(topic, payload, headers),
+        )
+        bridge.migrations["move"] = "carshare"
+        async with car(legacy) as one, service(telemetry.run, ctx), running(bridge):
+
+            async def current() -> bool:
+                return bridge.feed_behind(1.0) == ""
+
+            one.telemetry(0, 100)
+            await until(current)
+            position = await bridge.position()
+            for _ in range(45):  # quiet, for longer than three signs of life
+                await asyncio.sleep(0.1)
+                assert await current(), bridge.feed_behind(1.0)
+            assert await bridge.position() == position, "a sign of life is nothing to note"
+
+            proxy.half_open()
+            struck = time.monotonic()
+            one.telemetry(100, 200)
+
+            async def silent() -> bool:
+                return "no sign of life" in bridge.feed_behind(1.0)
+
+            await until(silent, 5)
+            assert time.monotonic() - struck < 4.5
+            assert "no sign of life" not in bridge.feed_behind(60.0), "the grace is longer"
+            proxy.cut()
+
+            async def all_there() -> bool:
+                return await distinct(ctx) == 200
+
+            await until(current)
+            await until(all_there)

@@ -44,6 +44,7 @@ SNAPSHOT_SHARE = 0.05  # ... but reading them takes at most this share of the ti
 BACKOFF_S = (0.1, 0.2, 0.5, 1.0, 2.0, 5.0)
 BATCHES_IN_FLIGHT = 8
 FEED_SETTLES_S = 1.0  # a feed that has nothing to tell for so long after its start has nothing to catch up
+SILENT_BEATS = 3  # a feed that has missed so many of its signs of life may have more to tell than it can
 COURIER_POLL_S = 0.05
 COURIER_BATCH = 500
 COURIER_PARALLEL = 50
@@ -108,6 +109,8 @@ class Bridge:
         self._reports: dict[str, DeviceReport] = {}
         self._feed_since: float | None = None  # monotonic; None: the feed is not being followed
         self._feed_lag_s: float | None = None  # how old the newest item was when it was safe in the log
+        self._feed_asked: float | None = None  # monotonic; since when the feed has been waited for
+        self._settled = ""  # up to where the feed is safe in the log
         self._touched: set[str] = set()  # devices that the feed has spoken of since the snapshot began
 
     @property
@@ -130,6 +133,12 @@ class Bridge:
             return "the old side's feed is not being followed"
         if self._feed_lag_s is not None and self._feed_lag_s > within_s:
             return f"the old side's feed is {self._feed_lag_s:.0f} s behind by the old side's clock"
+        # A connection that the network has forgotten looks like a fleet that has nothing to say.
+        every_s = getattr(self.side, "feed_speaks_every_s", None)
+        if every_s is not None and self._feed_asked is not None:
+            silent_s = self._monotonic() - self._feed_asked
+            if silent_s > max(within_s, SILENT_BEATS * every_s):
+                return f"the old side's feed has given no sign of life for {silent_s:.0f} s"
         return ""
 
     async def run(self) -> None:
@@ -236,7 +245,15 @@ class Bridge:
                 self._feed_since, self._feed_lag_s = self._monotonic(), None
                 if self._noise is not None:
                     self._noise.begin()
+                self._feed_asked, self._settled = self._monotonic(), after
                 async for position, items in self.side.feed(after):
+                    if not items and position == after:
+                        # A sign of life: there is nothing newer, so what is safe in the log is all there is.
+                        self._feed_asked = self._monotonic()
+                        if self._settled == after:
+                            self._feed_lag_s = 0.0
+                        continue
+                    self._feed_asked, after = None, position
                     stored: asyncio.Future[list[DeadLetter]] | None = None
                     answers: list[CommandAnswered] = []
                     messages: list[TelemetryReceived] = []
@@ -250,6 +267,7 @@ class Bridge:
                     await pending.put(
                         (position, stored, answers, messages[-1].received_at if messages else None)
                     )
+                    self._feed_asked = self._monotonic()
                 await pending.join()
             finally:
                 await end([settling])
@@ -339,6 +357,7 @@ class Bridge:
                 answers.extend(some)
             known = [answer for one in answers if (answer := self._understood(one)) is not None]
             self.counts.answers += await self._store.settle(self.key, batch[-1][0], known, letters)
+            self._settled = batch[-1][0]
             if newest is not None:
                 self._feed_lag_s = self._now() - newest
             for _ in batch:

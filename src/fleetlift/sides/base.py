@@ -96,6 +96,8 @@ class Side(Protocol):
     def feed(self, after: str) -> AsyncIterator[tuple[str, Sequence[FeedItem]]]:
         """All that the side receives after position `after` ("": from the beginning), with new positions.
 
+        A position without items is a sign of life. A side whose idle feed gives one every so many seconds may
+        say so by an attribute `feed_speaks_every_s`; then gates see at once when the feed has gone silent.
         Ends or raises when the side is lost; the caller comes back with the position it has stored.
         """
         ...

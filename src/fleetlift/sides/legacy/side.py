@@ -28,7 +28,7 @@ log = get_logger(__name__)
 
 CONNECT_WITHIN_S = 5.0
 ANSWER_WITHIN_S = 15.0
-FEED_SILENT_FOR_S = 20.0  # the server says something at least every 5 s
+FEED_SILENT_FOR_S = 10.0  # then the connection is made anew
 IN_FLIGHT_MAX = 256  # requests sent and not yet answered
 READ_BYTES = 256 * 1024
 
@@ -49,6 +49,8 @@ class LegacySide:
     Connects at the first call, and again at the next one after a loss; the call during which the server is
     lost raises Unavailable. Forbidden: the owner's key is wrong. The feed has a connection of its own.
     """
+
+    feed_speaks_every_s = 1.0  # IDLE_FEED_S of the server
 
     def __init__(self, url: str, key: str, *, name: str = "legacy") -> None:
         self.name = name
@@ -132,7 +134,8 @@ class LegacySide:
     async def feed(self, after: str) -> AsyncGenerator[tuple[str, Sequence[FeedItem]], None]:
         """Batches of what the server received after position `after` ("": from the beginning), for good.
 
-        With "now" the first batch is empty: its position is where the feed stands.
+        With "now" the first batch is empty: its position is where the feed stands. Others are empty as signs of
+        life: the server had nothing newer than that position.
 
         The next batch is taken from the connection when the caller comes for it, so a slow caller slows the
         server's sending and nothing piles up. Raises Unavailable when the server is lost, Conflict when it
@@ -142,15 +145,13 @@ class LegacySide:
             position = wire.FEED_FROM_NOW if after == "now" else int(after or "0")
         except ValueError as exc:
             raise BadInput(f"feed position {after!r}: the legacy server's are whole numbers") from exc
-        tell_empty = after == "now"
         connection = await self._open()
         try:
             connection.write(wire.FeedFrom(1, position))
             while True:
                 for message in await connection.read(FEED_SILENT_FOR_S):
                     match message:
-                        case wire.FeedBatch() if message.items or tell_empty:
-                            tell_empty = False
+                        case wire.FeedBatch():
                             yield str(message.position), _items(message.items)
                         case wire.Error():
                             raise _error(message)
