@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 import pytest
-from mqtt_device import Device, letting_in, registered, serving
+from mqtt_device import Device, letting_in, registered, serving, until
 
 from fleetlift.backend import commands
 from fleetlift.backend.commands import NewCommand
@@ -250,7 +250,7 @@ async def test_a_connected_device_that_misses_a_copy_gets_another_and_executes_o
                 "INSERT INTO presence (device, connected, since) VALUES ('car-1', true, now())"
             )
         made = await commands.create_command(ctx, "car-1", "lock")
-        await eventually(ctx, made.id, lambda command: command.paths[0].attempts == 1)
+        await until(lambda: one.copies or None, what="the first copy")
         one.silent = False
         done = await eventually(ctx, made.id, ended)
         assert done.paths[0].attempts == 2

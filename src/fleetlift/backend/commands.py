@@ -1,8 +1,9 @@
 """The command service: sends what is queued for path `new`, reads devices' answers, ends what has expired.
 
 A command is marked as sent before its copy is published: killed in between, it is sent again when the device
-connects or after a while, and a device refuses a second copy by its id. Answers are read from the log, with
-the reader's position in the transaction that records them.
+connects or after a while, and a device refuses a second copy by its id. That is also why the first copy to a
+device that is connected need not be stored: should nobody take it, a stored one follows. Answers are read
+from the log, with the reader's position in the transaction that records them.
 """
 
 import asyncio
@@ -319,33 +320,37 @@ async def send_queued(ctx: Services) -> int:
     """Send every command that waits for its first copy by path `new`. Returns how many were sent."""
     sent = 0
     while True:
-        now = time.time()
-        async with ctx.pool.acquire() as conn, conn.transaction():
-            due = await store.queued(conn, Path.NEW, now=now, limit=_SEND_MAX)
-            marked = await store.mark_sent(conn, Path.NEW, [one.id for one in due], now) if due else set()
-        await _send(ctx, [one for one in due if one.id in marked])
-        sent += len(marked)
-        if len(due) < _SEND_MAX:
+        async with ctx.pool.acquire() as conn:
+            taken = await store.take_queued(conn, Path.NEW, now=time.time(), limit=_SEND_MAX)
+        # For each device that may get stored messages the server keeps a file of what was delivered. It is
+        # written for every copy, and costs more than all the rest of a command: hence the live copies.
+        await _send(ctx, taken)
+        sent += len(taken)
+        if len(taken) < _SEND_MAX:
             return sent
 
 
 async def send_again(ctx: Services) -> int:
-    """Send another copy of what a connected device has left unanswered for long enough."""
+    """Send a stored copy of what has been left unanswered for long enough by a device that is connected, or
+    that has gone before any copy was stored for it."""
     now = time.time()
-    async with ctx.pool.acquire() as conn, conn.transaction():
+    async with ctx.pool.acquire() as conn:
         quiet = await store.unanswered(conn, Path.NEW, now=now, quiet_s=RETRY_AFTER_CONNECT_S)
         due = [
-            one
+            msgspec.structs.replace(one, live=False)
             for one in quiet
             if one.sent_at is not None
             and retry_due(
                 now=now,
                 sent_at=one.sent_at,
                 waiting_since=one.created_at,
-                connected_since=one.connected_since,
+                connected_since=one.connected_since or 0.0,
             )
         ]
-        marked = await store.mark_sent(conn, Path.NEW, [one.id for one in due], now) if due else set()
+        if not due:
+            return 0
+        async with conn.transaction():
+            marked = await store.mark_sent(conn, Path.NEW, [one.id for one in due], now)
     await _send(ctx, [one for one in due if one.id in marked])
     if marked:
         log.info("commands_sent_again", count=len(marked))
@@ -382,6 +387,7 @@ async def _send(ctx: Services, copies: Sequence[store.Outgoing]) -> None:
             ToDevice(
                 f"$aws/commands/things/{one.device}/executions/{one.id}/request/json",
                 msgspec.json.encode(_Request(one.name, one.params, one.mode, one.expires_at)),
+                stored=not one.live,
             )
             for one in copies
         ]

@@ -58,7 +58,8 @@ class Outgoing(msgspec.Struct, frozen=True, kw_only=True):
     created_at: float
     expires_at: float
     sent_at: float | None = None  # of the newest copy
-    connected_since: float = 0.0
+    connected_since: float | None = None  # None: presence does not know the device as connected
+    live: bool = False  # no copy of it was stored yet
 
 
 class Answer(msgspec.Struct, frozen=True, kw_only=True):
@@ -86,15 +87,21 @@ async def routes(conn: Conn, devices: Sequence[str]) -> dict[str, Route]:
 
 async def insert(conn: Conn, commands: Sequence[Command]) -> None:
     """Store new commands with their paths, in the caller's transaction. An id that is known is left alone."""
-    made = await conn.fetch(
-        """INSERT INTO command
-               (id, device, tenant, name, params, mode, status, created_by, created_at, expires_at)
-           SELECT id, device, tenant, name, params::jsonb, mode, status, created_by, to_timestamp(created_at),
-                  to_timestamp(expires_at)
-           FROM unnest($1::uuid[], $2::text[], $3::text[], $4::text[], $5::text[], $6::text[], $7::text[],
-                       $8::text[], $9::float8[], $10::float8[])
-                n(id, device, tenant, name, params, mode, status, created_by, created_at, expires_at)
-           ON CONFLICT DO NOTHING RETURNING id::text AS id""",
+    paths = [(c, path) for c in commands for path in c.paths]
+    await conn.execute(
+        """WITH made AS (
+               INSERT INTO command
+                   (id, device, tenant, name, params, mode, status, created_by, created_at, expires_at)
+               SELECT id, device, tenant, name, params::jsonb, mode, status, created_by,
+                      to_timestamp(created_at), to_timestamp(expires_at)
+               FROM unnest($1::uuid[], $2::text[], $3::text[], $4::text[], $5::text[], $6::text[], $7::text[],
+                           $8::text[], $9::float8[], $10::float8[])
+                    n(id, device, tenant, name, params, mode, status, created_by, created_at, expires_at)
+               ON CONFLICT DO NOTHING RETURNING id, device, created_at)
+           INSERT INTO command_path (command, path, device, mode, status, created_at)
+           SELECT made.id, n.path, made.device, n.mode, n.status, made.created_at
+           FROM unnest($11::uuid[], $12::text[], $13::text[], $14::text[]) n(command, path, mode, status)
+                JOIN made ON made.id = n.command""",
         [c.id for c in commands],
         [c.device for c in commands],
         [c.tenant for c in commands],
@@ -105,20 +112,10 @@ async def insert(conn: Conn, commands: Sequence[Command]) -> None:
         [c.created_by for c in commands],
         [c.created_at for c in commands],
         [c.expires_at for c in commands],
-    )
-    new = {row["id"] for row in made}
-    paths = [(c, path) for c in commands if c.id in new for path in c.paths]
-    await conn.execute(
-        """INSERT INTO command_path (command, path, device, mode, status, created_at)
-           SELECT command, path, device, mode, status, to_timestamp(created_at)
-           FROM unnest($1::uuid[], $2::text[], $3::text[], $4::text[], $5::text[], $6::float8[])
-                n(command, path, device, mode, status, created_at)""",
         [c.id for c, _ in paths],
         [path.path.value for _, path in paths],
-        [c.device for c, _ in paths],
         [path.mode.value for _, path in paths],
         [path.status.value for _, path in paths],
-        [c.created_at for c, _ in paths],
     )
 
 
@@ -286,35 +283,54 @@ async def _save(conn: Conn, before: Mapping[str, Command], after: Mapping[str, C
 
 # -- sending -------------------------------------------------------------------------------------------
 
-_OUTGOING = """c.id::text AS id, c.device, c.name, c.params::text AS params, p.mode,
+_OUTGOING = """c.id::text AS id, c.device, c.name, c.params::text AS params, p.mode, p.live,
     extract(epoch FROM c.created_at)::float8 AS created_at,
     extract(epoch FROM c.expires_at)::float8 AS expires_at,
-    extract(epoch FROM coalesce(p.resent_at, p.sent_at))::float8 AS sent_at"""
+    extract(epoch FROM coalesce(p.resent_at, p.sent_at))::float8 AS sent_at,
+    (SELECT extract(epoch FROM d.since)::float8 FROM presence d
+     WHERE d.device = p.device AND d.connected) AS connected_since"""
 
 
-async def queued(conn: Conn, path: Path, *, now: float, limit: int = 1000) -> list[Outgoing]:
-    """What waits to be sent by a path for the first time, oldest first."""
+async def take_queued(conn: Conn, path: Path, *, now: float, limit: int = 1000) -> list[Outgoing]:
+    """What waits to be sent by a path for the first time, oldest first; from here on it counts as sent.
+
+    One statement, which is a transaction of its own. What goes to a device that is connected is noted as
+    `live`: its first copy is for who listens now.
+    """
     found = await conn.fetch(
-        f"""SELECT {_OUTGOING} FROM command_path p JOIN command c ON c.id = p.command
-            WHERE p.path = $1 AND p.status = 'queued' AND c.expires_at > to_timestamp($2)
-            ORDER BY p.created_at, c.id LIMIT $3""",
+        f"""WITH c AS MATERIALIZED (
+                SELECT id, device, name, params, status, created_at, expires_at FROM command
+                WHERE id = ANY(ARRAY(
+                    SELECT p.command FROM command_path p JOIN command c ON c.id = p.command
+                    WHERE p.path = $1 AND p.status = 'queued' AND c.expires_at > to_timestamp($2)
+                    ORDER BY p.created_at LIMIT $3))
+                ORDER BY id FOR UPDATE),
+            told AS (UPDATE command SET status = 'sent' FROM c
+                     WHERE command.id = c.id AND command.status = 'queued')
+            UPDATE command_path p SET status = 'sent', attempts = attempts + 1,
+                sent_at = to_timestamp($2),
+                live = EXISTS (SELECT FROM presence d WHERE d.device = p.device AND d.connected)
+            FROM c WHERE p.command = c.id AND p.path = $1 AND p.status = 'queued'
+            RETURNING {_OUTGOING}""",
         path.value,
         now,
         limit,
     )
-    return [_outgoing(row) for row in found]
+    return sorted(map(_outgoing, found), key=lambda one: (one.created_at, one.id))
 
 
 async def unanswered(
     conn: Conn, path: Path, *, now: float, quiet_s: float, limit: int = 5000
 ) -> list[Outgoing]:
-    """What was sent by a path to devices that are connected, and has had no answer for `quiet_s`."""
+    """What was sent by a path and has had no answer for `quiet_s`: to devices that are connected, and to
+    those that have left before a copy was stored for them."""
     found = await conn.fetch(
-        f"""SELECT {_OUTGOING}, extract(epoch FROM d.since)::float8 AS connected_since
-            FROM command_path p JOIN command c ON c.id = p.command JOIN presence d ON d.device = p.device
-            WHERE p.path = $1 AND p.ended_at IS NULL AND p.status = 'sent' AND d.connected
+        f"""SELECT {_OUTGOING}
+            FROM command_path p JOIN command c ON c.id = p.command LEFT JOIN presence d ON d.device = p.device
+            WHERE p.path = $1 AND p.ended_at IS NULL AND p.status = 'sent' AND (d.connected OR p.live)
               AND c.expires_at > to_timestamp($2)
-              AND greatest(coalesce(p.resent_at, p.sent_at), d.since) < to_timestamp($2::float8 - $3::float8)
+              AND greatest(coalesce(p.resent_at, p.sent_at), CASE WHEN d.connected THEN d.since END)
+                  < to_timestamp($2::float8 - $3::float8)
             ORDER BY coalesce(p.resent_at, p.sent_at) LIMIT $4""",
         path.value,
         now,
@@ -325,7 +341,7 @@ async def unanswered(
 
 
 async def mark_sent(conn: Conn, path: Path, ids: Collection[str], at: float) -> set[str]:
-    """Note that copies are sent by a path; returns the commands of which one is still worth sending.
+    """Note that stored copies are sent by a path; returns the commands of which one is still worth sending.
 
     `sent_at` stays that of the first copy: latency counts from there. A path that was acknowledged or has
     ended meanwhile gets no other copy.
@@ -333,7 +349,7 @@ async def mark_sent(conn: Conn, path: Path, ids: Collection[str], at: float) -> 
     wanted = sorted(ids)
     await conn.execute("SELECT FROM command WHERE id = ANY($1::uuid[]) ORDER BY id FOR UPDATE", wanted)
     found = await conn.fetch(
-        """UPDATE command_path SET status = 'sent', attempts = attempts + 1,
+        """UPDATE command_path SET status = 'sent', attempts = attempts + 1, live = false,
                sent_at = coalesce(sent_at, to_timestamp($3)),
                resent_at = CASE WHEN sent_at IS NULL THEN NULL ELSE to_timestamp($3) END
            WHERE command = ANY($1::uuid[]) AND path = $2 AND status IN ('queued', 'sent')
