@@ -59,13 +59,16 @@ class DeviceShell:
         firmware: str = "",
         misbehaviour: Misbehaviour | None = None,
         seed: int | None = None,
+        now: Callable[[], float] = time.time,
     ) -> None:
+        """`now` is the device's own clock, which may be wrong."""
         self.device, self.key, self.firmware = device, key, firmware
         self.misbehaviour = misbehaviour
         self.application = application
         self._old_address = old
         self._journal = journal
         self._random = random.Random(seed)
+        self._now = now
         self.agent = Agent(
             judge=application.judge, chance=self._random.random, settings=settings or AgentSettings()
         )
@@ -147,7 +150,7 @@ class DeviceShell:
             return
         if isinstance(event, m.TelemetryAcked):
             self._acknowledged(event)
-        for action in self.agent.on(event, time.time()):
+        for action in self.agent.on(event, self._now()):
             self._act(action)
         if not self.agent.outbox_depth:
             self._waiting_since = None
@@ -171,7 +174,7 @@ class DeviceShell:
             case m.SetTimer(at):
                 if self._timer is not None:
                     self._timer.cancel()
-                self._timer = self._loop.call_later(max(0.0, at - time.time()), self._tick)
+                self._timer = self._loop.call_later(max(0.0, at - self._now()), self._tick)
             case m.AnswerCommand():
                 self._answer(action)
             case m.Execute(id_, name, params):

@@ -134,8 +134,8 @@ class LegacySide:
     async def feed(self, after: str) -> AsyncGenerator[tuple[str, Sequence[FeedItem]], None]:
         """Batches of what the server received after position `after` ("": from the beginning), for good.
 
-        With "now" the first batch is empty: its position is where the feed stands. Others are empty as signs of
-        life: the server had nothing newer than that position.
+        With "now" the first batch is empty: its position is where the feed stands. Later ones are empty
+        as signs of life: the server had nothing newer than that position.
 
         The next batch is taken from the connection when the caller comes for it, so a slow caller slows the
         server's sending and nothing piles up. Raises Unavailable when the server is lost, Conflict when it
