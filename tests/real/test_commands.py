@@ -195,6 +195,28 @@ async def test_a_silent_device_s_command_expires_and_a_late_answer_changes_nothi
         assert late.paths[0].detail["late"]["status"] == "succeeded"  # type: ignore[index,call-overload]
 
 
+async def test_an_answer_that_waits_for_its_reader_is_read_before_its_command_is_closed(ctx: Context) -> None:
+    await registered(ctx, "car-1")
+    async with car(ctx, "car-1", silent=True) as one:
+        first = await commands.create_command(ctx, "car-1", "lock")
+        async with serving(ctx, commands.run):  # the reader stands somewhere in this log
+            one.answer(first.id, "SUCCEEDED")
+            await eventually(ctx, first.id, ended)
+        made, silent = await commands.create_commands(
+            ctx, [NewCommand(device="car-1", name=name, expires_in_s=1.0) for name in ("lock", "open")]
+        )
+        await one.mqtt.publish(
+            f"$aws/commands/things/car-1/executions/{made.id}/response/json", {"status": "SUCCEEDED"}
+        )
+        await asyncio.sleep(1.1)
+        assert await commands.close_expired(ctx, grace_s=0.0) == 0
+        assert (await commands.get_command(ctx, made.id)).status is Status.QUEUED
+        async with serving(ctx, commands.run):
+            assert (await eventually(ctx, made.id, ended)).status is Status.SUCCEEDED
+        assert await commands.close_expired(ctx, grace_s=0.0) == 1
+        assert (await commands.get_command(ctx, silent.id)).status is Status.EXPIRED
+
+
 async def test_an_answer_is_recorded_once_however_often_it_comes(service: None, ctx: Context) -> None:
     await registered(ctx, "car-1")
     async with car(ctx, "car-1", silent=True) as one:

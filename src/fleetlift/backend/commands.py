@@ -18,7 +18,7 @@ import asyncpg
 import msgspec
 
 from fleetlift.backend.context import Context
-from fleetlift.backend.follow import Message, Then, follow, until_stopped
+from fleetlift.backend.follow import Message, Then, follow, heard_until, until_stopped
 from fleetlift.backend.shadows import Services
 from fleetlift.bus.publish import ToDevice
 from fleetlift.core.command import (
@@ -40,7 +40,7 @@ from fleetlift.core.command import (
     retry_due,
     uuid7,
 )
-from fleetlift.core.errors import BadInput, Conflict, FleetError, NotFound
+from fleetlift.core.errors import BadInput, Conflict, FleetError, NotFound, Unavailable
 from fleetlift.core.identity import DEVICE_ID, checked_device_id
 from fleetlift.core.jsonvalue import JsonObject
 from fleetlift.log import get_logger
@@ -55,6 +55,7 @@ FILTERS = ("$aws.commands.things.*.executions.*.response.json",)
 WAKE = "fleetlift.commands.queued"  # a word on the bus that a command waits; the sweep finds what it missed
 SWEEP_S = 0.5
 _SEND_MAX = 1000
+_CLOSE_MAX = 1000
 
 
 class NewCommand(msgspec.Struct, frozen=True, kw_only=True):
@@ -311,7 +312,7 @@ async def _rounds(ctx: Context, owner: "asyncpg.Connection[Any]", wake: asyncio.
                 await send_again(ctx)
                 await close_expired(ctx)
                 swept_at = time.monotonic()
-        except (OSError, TimeoutError, asyncpg.PostgresError, asyncpg.InterfaceError) as problem:
+        except (OSError, TimeoutError, Unavailable, asyncpg.PostgresError, asyncpg.InterfaceError) as problem:
             log.warning("command_round_put_off", reason=str(problem) or repr(problem))
             await asyncio.sleep(1.0)
 
@@ -358,13 +359,23 @@ async def send_again(ctx: Services) -> int:
 
 
 async def close_expired(ctx: Services, *, grace_s: float = GRACE_S) -> int:
-    """End every command whose expiry and grace are over. Returns how many were ended or had a path closed."""
+    """End every command whose expiry and grace are over. Returns how many were ended or had a path closed.
+
+    None is ended before the reader of answers has come to that moment: while it was away an answer may have
+    been given in time, and wait in the log. Raises Unavailable when that cannot be told.
+    """
     closed = 0
     while True:
+        now = time.time()
+        async with ctx.pool.acquire() as conn:
+            if not await store.due(conn, expired_before=now - grace_s, limit=1):
+                break
+        heard = await heard_until(ctx.pool, ctx.nc, reader=READER, filters=FILTERS, now=now)
         async with ctx.pool.acquire() as conn, conn.transaction():
-            ended = await store.close_due(conn, now=time.time(), grace_s=grace_s)
-        closed += len(ended)
-        if len(ended) < 1000:
+            ids = await store.due(conn, expired_before=min(now, heard) - grace_s, limit=_CLOSE_MAX)
+            await store.close(conn, ids, now)
+        closed += len(ids)
+        if len(ids) < _CLOSE_MAX:
             break
     if closed:
         log.info("commands_closed", count=closed)

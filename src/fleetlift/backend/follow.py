@@ -13,14 +13,15 @@ from typing import Any
 
 import asyncpg
 import msgspec
+from nats.aio.client import Client
 
 from fleetlift.backend.context import Context
 from fleetlift.bus.live import listen
-from fleetlift.bus.log import LogBatch, LogPosition, read
+from fleetlift.bus.log import LogBatch, LogPosition, newest, read
 from fleetlift.core.errors import Conflict
 from fleetlift.log import get_logger
 from fleetlift.store import positions
-from fleetlift.store.pool import Conn, sole_owner
+from fleetlift.store.pool import Conn, Pool, sole_owner
 
 log = get_logger(__name__)
 
@@ -68,6 +69,22 @@ async def follow(
             log.info("reader_started", reader=reader)
             await _Follower(ctx, reader, filters, apply, now, owner).run()
         log.info("reader_starts_again", reader=reader)
+
+
+async def heard_until(pool: Pool, nc: Client, *, reader: str, filters: Sequence[str], now: float) -> float:
+    """Until when `reader` has heard all that devices stored on `filters`, Unix seconds; `now`: it waits for
+    nothing. Raises Unavailable when NATS does not tell."""
+    created, seq, at = await newest(nc, filters)
+    async with pool.acquire() as conn:
+        place = await positions.load(conn, reader)
+    if seq == 0:
+        return now
+    if place is None or place[0] != created:
+        return 0.0  # nothing of this log
+    # A log that has lost its end gives the same numbers again: the time tells.
+    if seq <= place[1] and (place[2] is None or at <= place[2] + 0.001):
+        return now
+    return place[2] or 0.0
 
 
 async def end(tasks: Sequence["asyncio.Task[None]"]) -> None:

@@ -17,6 +17,8 @@ from types import MappingProxyType
 from typing import Any
 
 import msgspec
+from nats.aio.client import Client
+from nats.errors import Error as NatsError
 
 from fleetlift.bus.subjects import STORED, STREAM, stored_topic
 from fleetlift.bus.wire import Wire, connect, parse_headers
@@ -32,6 +34,7 @@ _HEARTBEAT_S = 5
 _SILENCE_MAX_S = 12.0  # two heartbeats missed: the connection is dead though TCP has not noticed
 _BYTES_IN_FLIGHT_MAX = 48 * 1024 * 1024
 _RETRY_S = 0.25
+_NEWEST_WITHIN_S = 2.0
 _NO_MESSAGE = 10037  # JetStream's code: no message found
 _SAME_TIME_S = 5e-6  # times that differ by less are the same: a float holds a quarter of a microsecond
 
@@ -118,6 +121,28 @@ async def standing(settings: Settings, position: tuple[datetime, int, float | No
         return await source.standing(LogPosition(*position), await source.stream_info())
 
 
+async def newest(nc: Client, filters: Sequence[str]) -> tuple[datetime, int, float]:
+    """When the log was made; number and time (Unix seconds) of the newest message on `filters`, 0: none.
+
+    Over a connection that is there already. Raises Unavailable.
+    """
+    try:
+        answer = await nc.request(f"$JS.API.STREAM.INFO.{STREAM}", b"", timeout=_NEWEST_WITHIN_S)
+        created = msgspec.json.decode(answer.data, type=_StreamInfo).created
+        seq, at = 0, 0.0
+        for subject in filters:
+            asked = msgspec.json.encode({"last_by_subj": STORED + subject})
+            answer = await nc.request(f"$JS.API.STREAM.MSG.GET.{STREAM}", asked, timeout=_NEWEST_WITHIN_S)
+            found = msgspec.json.decode(answer.data, type=_MessageReply)
+            if found.message is not None and found.message.seq > seq:
+                seq, at = found.message.seq, found.message.time.timestamp()
+            elif found.error is not None and found.error.err_code != _NO_MESSAGE:
+                raise Unavailable(f"NATS does not tell about the log ({found.error.description})")
+    except (NatsError, OSError, TimeoutError, msgspec.MsgspecError) as error:
+        raise Unavailable(f"NATS does not tell about the log ({type(error).__name__})") from error
+    return created, seq, at
+
+
 @contextlib.asynccontextmanager
 async def _asking(settings: Settings) -> "AsyncIterator[_Source]":
     source = _Source(settings, (), "asking", None, 1)
@@ -155,6 +180,7 @@ class _StoredMessage(msgspec.Struct):
 
 class _MessageReply(msgspec.Struct):
     message: _StoredMessage | None = None
+    error: _ApiError | None = None
 
 
 class _ConsumerInfo(msgspec.Struct):

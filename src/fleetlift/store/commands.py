@@ -226,23 +226,24 @@ async def lock(conn: Conn, ids: Collection[str]) -> dict[str, Command]:
     return await _with_paths(conn, found)
 
 
-async def close_due(conn: Conn, *, now: float, grace_s: float, limit: int = 1000) -> list[Command]:
-    """End what is open though expiry and grace are over; returns the commands as they are now."""
+async def due(conn: Conn, *, expired_before: float, limit: int = 1000) -> list[str]:
+    """Commands that are open, or have a path that is, and expired before that time."""
     found = await conn.fetch(
         """SELECT c.id::text AS id FROM command c WHERE c.ended_at IS NULL AND c.expires_at < to_timestamp($1)
            UNION
            SELECT c.id::text FROM command_path p JOIN command c ON c.id = p.command
            WHERE p.ended_at IS NULL AND c.expires_at < to_timestamp($1)
            LIMIT $2""",
-        now - grace_s,
+        expired_before,
         limit,
     )
-    if not found:
-        return []
-    before = await lock(conn, [row["id"] for row in found])
-    after = {command.id: ended(command, now) for command in before.values()}
-    await _save(conn, before, after)
-    return list(after.values())
+    return [row["id"] for row in found]
+
+
+async def close(conn: Conn, ids: Sequence[str], at: float) -> None:
+    """End commands whose expiry and grace are over."""
+    before = await lock(conn, ids)
+    await _save(conn, before, {command.id: ended(command, at) for command in before.values()})
 
 
 async def _save(conn: Conn, before: Mapping[str, Command], after: Mapping[str, Command]) -> None:
