@@ -147,7 +147,7 @@ async def until(what: Any, within_s: float) -> None:
 
 
 async def chatter(twin: Device) -> None:
-    """On a channel of its own: twins count on from the same number, and the same number of the same millisecond
+    """On a channel of its own: twins count on from the same number, and the same number of one millisecond
     is one message."""
     n = 0
     while True:
