@@ -1,6 +1,8 @@
 """Which copies of a command are stored: the first is for who listens now, and whatever becomes of it, one
 that waits for the device follows."""
 
+import time
+
 import msgspec
 import pytest
 from mqtt_device import registered, serving, until
@@ -123,3 +125,22 @@ async def test_a_device_that_takes_both_copies_executes_once(service: None, ctx:
         assert one.executed == [made.id]
     finally:
         one.close()
+
+
+async def test_on_a_way_back_a_command_for_the_new_side_ends_by_what_the_old_one_brought(
+    service: None, ctx: Context
+) -> None:
+    """The device obeys the old side already: what comes by the new one it does not take."""
+    await registered(ctx, "car-1")
+    async with car(ctx, "car-1", silent=True) as one:
+        made = await commands.create_command(ctx, "car-1", "lock", expires_in_s=30)
+        await until(lambda: one.copies or None, what="the copy")
+        one.answer(made.id, "REJECTED", "WRONG_SIDE")
+        assert (await one.mqtt.receive("response/accepted/json"))["executionId"] == made.id
+        assert (await commands.get_command(ctx, made.id)).status is Status.SENT
+        async with ctx.pool.acquire() as conn, conn.transaction():
+            await store.add_path(conn, ["car-1"], Path.OLD, but="")  # as the device's report brings about
+            await store.record_answer(conn, made.id, "old", "succeeded", {"did": "lock"}, time.time())
+        found = await commands.get_command(ctx, made.id)
+        assert found.status is Status.SUCCEEDED
+        assert found.paths[1].detail["reasonCode"] == "WRONG_SIDE"

@@ -36,6 +36,7 @@ from fleetlift.core.command import (
     uuid7,
 )
 from fleetlift.core.errors import BadInput, Conflict
+from fleetlift.core.jsonvalue import JsonObject
 from fleetlift.core.orders import PROBE_COMMAND, CommandsFlag
 
 P = PathStatus
@@ -207,6 +208,43 @@ def test_an_outcome_corrects_a_duplicate_on_the_same_path() -> None:
     assert resolve(second.paths) is Status.ACKNOWLEDGED
     third = record(second.paths, Path.NEW, Reported(P.SUCCEEDED, {}), 12.0)
     assert resolve(third.paths) is Status.SUCCEEDED
+
+
+WRONG_BY: dict[Path, JsonObject] = {
+    Path.NEW: {"reasonCode": "WRONG_SIDE"},
+    Path.OLD: {"code": "WRONG_SIDE", "reason": "r"},
+}
+
+
+@pytest.mark.parametrize("path", Path)
+def test_the_wrong_side_is_no_outcome_and_the_other_path_ends_the_command(path: Path) -> None:
+    wrong = Reported(P.FAILED, WRONG_BY[path])
+    (other,) = set(Path) - {path}
+    first = record([old(), new()], path, wrong, 11.0)
+    assert first.changed and first.error is None
+    assert resolve(first.paths) is Status.SENT
+    assert not record(first.paths, path, wrong, 12.0).changed  # of the next copy
+    for outcome, status in ((P.SUCCEEDED, Status.SUCCEEDED), (P.FAILED, Status.FAILED)):
+        assert resolve(record(first.paths, other, Reported(outcome, {}), 13.0).paths) is status
+
+
+def test_after_the_wrong_side_a_later_copy_by_the_same_path_can_end_the_command() -> None:
+    wrong = record([new()], Path.NEW, Reported(P.FAILED, {"reasonCode": "WRONG_SIDE"}), 11.0)
+    assert resolve(wrong.paths) is Status.SENT
+    done = record(wrong.paths, Path.NEW, Reported(P.SUCCEEDED, {"result": {"a": 1}}), 14.0)
+    assert (resolve(done.paths), done.paths[0].detail) == (Status.SUCCEEDED, {"result": {"a": 1}})
+
+
+def test_a_command_that_was_never_taken_ends_as_expired_and_says_why() -> None:
+    wrong = record([new()], Path.NEW, Reported(P.FAILED, {"reasonCode": "WRONG_SIDE"}), 11.0)
+    (path,), status = close(wrong.paths, 70.0)
+    assert (status, path.status, path.detail) == (Status.EXPIRED, P.EXPIRED, {"reasonCode": "WRONG_SIDE"})
+    assert not record([path], Path.NEW, Reported(P.FAILED, {"reasonCode": "WRONG_SIDE"}), 75.0).changed
+
+
+def test_once_begun_the_wrong_side_of_another_copy_changes_nothing() -> None:
+    begun = record([new()], Path.NEW, Reported(P.ACKNOWLEDGED, {}), 11.0)
+    assert not record(begun.paths, Path.NEW, Reported(P.FAILED, WRONG_BY[Path.NEW]), 12.0).changed
 
 
 def test_a_path_the_command_does_not_go_by_cannot_report() -> None:

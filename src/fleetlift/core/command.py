@@ -25,6 +25,8 @@ RESULT_BYTES_MAX = 65_536
 PARAMS_DEPTH_MAX = 32
 NAME = re.compile(r"[a-zA-Z0-9][a-zA-Z0-9._:-]{0,63}")
 
+WRONG_SIDE = "WRONG_SIDE"  # a device's reason: its flags do not let it take commands by this side now
+
 RETRY_AFTER_S = 2.0  # the first copy after the first; later ones wait half as long as was waited in all
 RETRY_AFTER_S_MAX = 60.0
 RETRY_AFTER_CONNECT_S = 1.0  # a device that comes back subscribes, and empties its queue, before a copy
@@ -111,6 +113,11 @@ class PathState(msgspec.Struct, frozen=True, kw_only=True):
     detail: JsonObject = {}
 
     @property
+    def wrong_side(self) -> bool:
+        """Open, though the device has said that it takes no commands by this side at present."""
+        return self.status in OPEN and _wrong_side(self.detail)
+
+    @property
     def latency_s(self) -> float | None:
         """From the first sending to the device's final answer; None when there was none."""
         if self.sent_at is None or self.ended_at is None or self.status not in _ANSWERED:
@@ -125,6 +132,11 @@ class PathState(msgspec.Struct, frozen=True, kw_only=True):
 
 
 _ANSWERED = _ENDS - {PathStatus.EXPIRED, PathStatus.UNREACHABLE}
+
+
+def _wrong_side(detail: JsonObject) -> bool:
+    """By the new side the reason is AWS's `reasonCode`, by an old one the agent's own `code`."""
+    return WRONG_SIDE in (detail.get("reasonCode"), detail.get("code"))
 
 
 class Command(msgspec.Struct, frozen=True, kw_only=True):
@@ -326,6 +338,9 @@ class Recorded(msgspec.Struct, frozen=True):
 def record(paths: Sequence[PathState], path: Path, reported: Reported, at: float) -> Recorded:
     """The paths of a command once `path` has reported. Repeating a report changes nothing.
 
+    WRONG_SIDE is no outcome: the device has not taken the command, and may take it by the other path, or by
+    a later copy once its flags say so. The path stays open and remembers it.
+
     A report that comes after the path's end does not change it; it is kept in `detail.late`, so that a
     command which was executed after it had expired can be seen. Raises Conflict when the command does not go
     by `path`.
@@ -346,6 +361,10 @@ def _after(
     if status is PathStatus.DUPLICATE and alone and here.status in OPEN:
         # no other path could have brought it, so this one did, by an earlier copy: the outcome is to come
         status, detail = PathStatus.ACKNOWLEDGED, {}
+    if status is PathStatus.FAILED and _wrong_side(detail):
+        if here.status not in (PathStatus.QUEUED, PathStatus.SENT) or here.wrong_side:
+            return here, None
+        return msgspec.structs.replace(here, detail={**here.detail, **detail}), None
     if status is here.status:
         return here, None
     if status in MOVES[here.status]:
@@ -354,7 +373,7 @@ def _after(
             msgspec.structs.replace(
                 here,
                 status=status,
-                detail={**here.detail, **detail},
+                detail=detail if here.wrong_side else {**here.detail, **detail},
                 acknowledged_at=here.acknowledged_at
                 if here.acknowledged_at is not None or status is not PathStatus.ACKNOWLEDGED
                 else at,
@@ -380,14 +399,16 @@ def resolve(paths: Sequence[PathState]) -> Status:
 
     Any path succeeded: succeeded. Otherwise it stays open while a path that counts is open, then is failed
     when one failed or refused, would-execute when one would, and else expired. Beside a path that executes,
-    one in dry run does not count. `duplicate` says that another path brought the command: alone, it leaves
-    the command acknowledged until the outcome comes or the command is closed.
+    one in dry run does not count; beside one that failed, nor does an open one that was the wrong side: the
+    device has had the command and would refuse another copy. `duplicate` says that another path brought the
+    command: alone, it leaves the command acknowledged until the outcome comes or the command is closed.
     """
     statuses = {state.status for state in paths}
     if PathStatus.SUCCEEDED in statuses:
         return Status.SUCCEEDED
-    executing = {state.status for state in paths if state.mode is Mode.EXECUTE}
-    counted = executing or statuses
+    executing = [state for state in paths if state.mode is Mode.EXECUTE]
+    failed = any(state.status is PathStatus.FAILED for state in executing)
+    counted = {state.status for state in executing if not (failed and state.wrong_side)} or statuses
     for status in _STANDING:
         if status in counted:
             return Status.ACKNOWLEDGED if PathStatus.DUPLICATE in counted else Status(status.value)
