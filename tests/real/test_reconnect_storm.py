@@ -92,9 +92,6 @@ def end_at_once(backend: RunningBackend) -> None:
 async def test_two_thousand_devices_come_back_at_once_and_nobody_is_locked_out() -> None:
     """The edge is killed and started again under them: all are let in within a bound, and what they measured
     meanwhile arrives."""
-    monkeypatch.setattr(
-        "fleetlift.device.fleet.CONNECT_SPREAD_S", 0.0
-    )  # they come at once the first time too
     with scratch_directory() as directory:
         async with running_backend(directory / "backend") as backend:
             drawn = await registered(backend)
