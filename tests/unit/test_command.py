@@ -71,6 +71,13 @@ def test_the_migration_names_the_paths(
     assert paths_for(route, Mode.EXECUTE, PROBE_COMMAND) == ((Path.NEW, Mode.EXECUTE),)
 
 
+@pytest.mark.parametrize("mode", Mode)
+@pytest.mark.parametrize("route", [None, *CommandsFlag])
+def test_after_a_release_no_command_goes_by_the_old_side(route: CommandsFlag | None, mode: Mode) -> None:
+    by_old = route in (CommandsFlag.OLD, CommandsFlag.DRY_RUN)
+    assert paths_for(route, mode, released=True) == (() if by_old else ((Path.NEW, mode),))
+
+
 # -- what a device says --------------------------------------------------------------------------------
 
 

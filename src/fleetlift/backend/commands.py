@@ -98,7 +98,8 @@ async def create_command(
     """Queue a command by every path that the device's migration state names; it is sent at once.
 
     Returns it as stored, with its paths. With an `id` (a UUID) that is known already, the earlier command is
-    returned and nothing is queued. Raises BadInput, or NotFound for a device that is not registered.
+    returned and nothing is queued. Raises BadInput, NotFound for a device that is not registered, Conflict
+    for one that was left on the old side when its migration was released.
     """
     new = NewCommand(
         device=device, name=name, params=params or {}, expires_in_s=expires_in_s, mode=mode, id=id
@@ -201,7 +202,8 @@ async def _make(conn: Conn, asked: Sequence[Asked]) -> list[Command | FleetError
         if route is None or one.tenant not in (None, route.tenant):
             made.append(NotFound(f"device {one.new.device!r} does not exist: create it, or check its id"))
         else:
-            made.append(_command(one.new, route, one.principal, now))
+            queued = _command(one.new, route, one.principal, now)
+            made.append(queued if queued.paths else Conflict(_OUT_OF_REACH.format(one.new.device, route)))
     commands: dict[str, Command] = {}  # the first of those that name the same id
     for command in made:
         if isinstance(command, Command):
@@ -220,6 +222,12 @@ async def _make(conn: Conn, asked: Sequence[Asked]) -> list[Command | FleetError
         else:
             made[n] = Conflict(f"command id {one.new.id} is taken by another command: use a new one")
     return made
+
+
+_OUT_OF_REACH = (
+    "device {0!r} takes commands by the old side, which is out of reach from here since migration "
+    "{1.migration!r} was released: send the command there"
+)
 
 
 def _or_raised(made: Command | FleetError) -> Command:
@@ -272,7 +280,7 @@ def _command(new: NewCommand, route: store.Route, principal: str, now: float) ->
         expires_at=round(now + new.expires_in_s, 6),
         paths=tuple(
             PathState(path=path, mode=by, created_at=now)
-            for path, by in paths_for(route.commands, mode, new.name)
+            for path, by in paths_for(route.commands, mode, new.name, released=route.released)
         ),
     )
 

@@ -159,14 +159,20 @@ class Command(msgspec.Struct, frozen=True, kw_only=True):
 # -- making one ----------------------------------------------------------------------------------------
 
 
-def paths_for(route: CommandsFlag | None, mode: Mode, name: str = "") -> tuple[tuple[Path, Mode], ...]:
+def paths_for(
+    route: CommandsFlag | None, mode: Mode, name: str = "", *, released: bool = False
+) -> tuple[tuple[Path, Mode], ...]:
     """The paths a new command goes by, each with its mode.
 
     `route` is what the device's migration says of commands; None: there is none. A caller's own dry run is
-    one on every path. The probe of a move always goes by the new side, which it is there to try.
+    one on every path. The probe of a move always goes by the new side, which it is there to try. With
+    `released`, nobody keeps the old path any more: none is left when the new one would not do as asked.
     """
     if name == PROBE_COMMAND or route is None:
         return ((Path.NEW, mode),)
+    if released:
+        by_new = route in (CommandsFlag.BOTH, CommandsFlag.NEW)
+        return ((Path.NEW, mode),) if by_new else ()
     match route:
         case CommandsFlag.NEW:
             return ((Path.NEW, mode),)

@@ -207,7 +207,8 @@ class Runner:
         self._step("decided")
         if decision.state.phase is Phase.RELEASED:
             # Before the release is committed: nobody takes the migration up again after it.
-            await self._new.withdraw([m.device for m in decision.state.members.values() if m.rung == 0])
+            staying = [m.device for m in decision.state.members.values() if m.rung == 0]
+            await self._new.withdraw(staying, migration=decision.state.name)
 
         audit = (*decision.audit, *refused.values())
         answered = (*decision.answered, *refused)

@@ -161,7 +161,7 @@ class FleetliftSide:
                     await conn.execute(
                         "INSERT INTO device_route (device, epoch, migration, telemetry, commands, link) "
                         "SELECT d, 0, $2, $3, $4, $5 FROM unnest($1::text[]) d "
-                        "ON CONFLICT (device) DO UPDATE SET migration = excluded.migration "
+                        "ON CONFLICT (device) DO UPDATE SET migration = excluded.migration, released = false "
                         "WHERE device_route.telemetry = $3 AND device_route.commands = $4 "
                         "AND device_route.migration <> excluded.migration",
                         [device.id for device in new],
@@ -194,8 +194,13 @@ class FleetliftSide:
             for device in found
         ]
 
-    async def withdraw(self, devices: Sequence[str]) -> None:
-        """Take back the credentials of devices that stay with the old side for good. Safe to repeat."""
+    async def withdraw(self, devices: Sequence[str], *, migration: str) -> None:
+        """Let go of the old side, as `migration` is being released: commands are no longer taken for it, and
+        `devices`, which stay with it for good, lose their credentials here. Safe to repeat."""
+        with _reachable():
+            await self._pool.execute(
+                "UPDATE device_route SET released = true WHERE migration = $1 AND NOT released", migration
+            )
         for chunk in _chunks(list(devices)):
             with _reachable():
                 async with self._pool.acquire() as conn:
@@ -255,6 +260,7 @@ class FleetliftSide:
             "FROM unnest($1::text[], $2::bigint[], $3::text[], $4::text[], $5::text[], $6::text[]) "
             "o(device, epoch, migration, telemetry, commands, link) "
             "ON CONFLICT (device) DO UPDATE SET epoch = excluded.epoch, migration = excluded.migration, "
+            "released = false, "
             "telemetry = excluded.telemetry, link = excluded.link, updated_at = now(), "
             f"both_since = {_both_since('device_route', 'excluded')}, "
             "commands = CASE WHEN (device_route.commands, excluded.commands) IN "

@@ -496,7 +496,7 @@ class _NewPort:
     async def follow_reports(self, reports: Mapping[str, DeviceReport]) -> None:
         await self._ask(lambda: self._new.follow(reports))
 
-    async def withdraw(self, devices: Sequence[str]) -> None:
+    async def withdraw(self, devices: Sequence[str], *, migration: str) -> None:
         await self._ask(lambda: self._new.withdraw(devices))
 
     async def inventory(self) -> Sequence[FleetDevice]:

@@ -45,6 +45,8 @@ class Route(msgspec.Struct, frozen=True):
 
     tenant: str
     commands: CommandsFlag | None
+    migration: str = ""
+    released: bool = False  # the migration was, and what goes by its old side reaches nobody
 
 
 class Outgoing(msgspec.Struct, frozen=True, kw_only=True):
@@ -75,12 +77,15 @@ class Answer(msgspec.Struct, frozen=True, kw_only=True):
 async def routes(conn: Conn, devices: Sequence[str]) -> dict[str, Route]:
     """Tenant and route of each device that is registered."""
     found = await conn.fetch(
-        """SELECT d.id, d.tenant, r.commands FROM device d LEFT JOIN device_route r ON r.device = d.id
+        """SELECT d.id, d.tenant, r.commands, r.migration, r.released
+           FROM device d LEFT JOIN device_route r ON r.device = d.id
            WHERE d.id = ANY($1::text[])""",
         devices,
     )
     return {
-        row["id"]: Route(row["tenant"], CommandsFlag(row["commands"]) if row["commands"] else None)
+        row["id"]: Route(row["tenant"], CommandsFlag(row["commands"]), row["migration"], row["released"])
+        if row["commands"]
+        else Route(row["tenant"], None)
         for row in found
     }
 
