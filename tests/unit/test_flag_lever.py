@@ -121,3 +121,28 @@ def test_the_newer_order_outweighs_the_phase() -> None:
     assert newest(went_back, trying) is newest(trying, went_back) is trying
     assert newest(None, trying) is trying
     assert newest(None, None) is None
+
+
+async def test_what_changes_on_either_side_is_seen_at_the_next_look() -> None:
+    """What is kept of the last look serves only where neither side says anything else."""
+    new = OneSide()
+    new.seen["car-0"] = DeviceObservation(connected_new=True)
+    known = Known({"car-0": FleetDevice(id="car-0", connected=True, since=1.0)})
+    lever = FlagLever(OneSide(), new)
+
+    async def look() -> DeviceObservation:
+        return (await lever.observe(["car-0"], known)).devices["car-0"]
+
+    first = await look()
+    assert await look() is first
+    known.up = False
+    assert await look() == DeviceObservation(connected_new=True)
+    known.up = True
+    assert await look() == first
+    assert known.fleet is not None
+    known.fleet = {"car-0": FleetDevice(id="car-0", connected=False, since=2.0)}
+    assert await look() == DeviceObservation(connected_new=True)
+    known.reports = {"car-0": DeviceReport(epoch=5, phase=DevicePhase.MOVED, flags=BOTH)}
+    assert (await look()).report == known.reports["car-0"]
+    new.seen["car-0"] = DeviceObservation(connected_new=True, new_telemetry_at=7.0)
+    assert (await look()).new_telemetry_at == 7.0

@@ -57,6 +57,7 @@ class Observed(msgspec.Struct, frozen=True, kw_only=True):
     down: Mapping[str, str] = {}
 
 
+_NOTHING = DeviceObservation()
 _PHASE_ORDER = {DevicePhase.TRYING: 0, DevicePhase.OLD: 1, DevicePhase.MOVED: 2, DevicePhase.WENT_BACK: 3}
 
 
@@ -70,6 +71,15 @@ def newest(one: DeviceReport | None, other: DeviceReport | None) -> DeviceReport
     return max(one, other, key=lambda report: (report.epoch, _PHASE_ORDER[report.phase]))
 
 
+class _Known(msgspec.Struct, frozen=True, gc=False):
+    """What both sides know of a device, and what that comes to."""
+
+    by_new: DeviceObservation | None
+    there: FleetDevice | None
+    report: DeviceReport | None
+    merged: DeviceObservation
+
+
 class FlagLever:
     """Tell devices by both sides and merge what both sides know of them."""
 
@@ -77,6 +87,8 @@ class FlagLever:
         self._old = old
         self._new = new
         self._timeout_s = timeout_s
+        self._known: dict[str, _Known] = {}  # as last observed
+        self._up = False  # the old side, then
 
     async def move(self, orders: Mapping[str, Orders]) -> Moved:
         """Hand the orders to both sides; one that is down is reported, and the other gets them all the same.
@@ -116,24 +128,19 @@ class FlagLever:
         """
         seen, new_error = await self._tolerant(lambda: self._new.observe(devices), {})
         fleet, up, reports = old.fleet, old.up, old.reports
-        merged: dict[str, DeviceObservation] = {}
-        nothing = DeviceObservation()
+        before = self._known if up == self._up else {}
+        known: dict[str, _Known] = {}
         for device in devices:
-            by_new = seen.get(device, nothing)
+            by_new, report = seen.get(device), reports.get(device)
             there = fleet.get(device) if fleet is not None else None
-            report = reports.get(device)
-            if by_new is nothing and report is None and (there is None or there.since is None):
-                continue
-            merged[device] = DeviceObservation(
-                connected_old=up and there is not None and there.connected,
-                connected_new=by_new.connected_new,
-                report=newest(report, by_new.report_by_new),
-                report_by_new=by_new.report_by_new,
-                new_telemetry_at=by_new.new_telemetry_at,
-                old_telemetry_at=by_new.old_telemetry_at,
-            )
+            last = before.get(device)
+            if last and last.by_new is by_new and last.there is there and last.report is report:
+                known[device] = last  # as it is with most of a large fleet
+            elif by_new is not None or report is not None or (there is not None and there.since is not None):
+                known[device] = _Known(by_new, there, report, _merged(by_new, there if up else None, report))
+        self._known, self._up = known, up
         return Observed(
-            devices=merged,
+            devices={device: one.merged for device, one in known.items()},
             fleet=None if fleet is None or not up else tuple(fleet.values()),
             old_up=up,
             new_up=not new_error,
@@ -151,3 +158,17 @@ class FlagLever:
             return otherwise, f"no answer within {self._timeout_s:g} s"
         except (FleetError, OSError) as error:
             return otherwise, str(error) or type(error).__name__
+
+
+def _merged(
+    by_new: DeviceObservation | None, there: FleetDevice | None, report: DeviceReport | None
+) -> DeviceObservation:
+    by_new = by_new or _NOTHING
+    return DeviceObservation(
+        connected_old=there is not None and there.connected,
+        connected_new=by_new.connected_new,
+        report=newest(report, by_new.report_by_new),
+        report_by_new=by_new.report_by_new,
+        new_telemetry_at=by_new.new_telemetry_at,
+        old_telemetry_at=by_new.old_telemetry_at,
+    )

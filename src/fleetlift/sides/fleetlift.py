@@ -4,7 +4,6 @@ It speaks to the backend's own database and log. Whatever is down shows as `Unav
 be repeated.
 """
 
-import asyncio
 import base64
 import contextlib
 import hashlib
@@ -36,9 +35,9 @@ from fleetlift.core.orders import (
     Flags,
     Orders,
 )
-from fleetlift.core.telemetry import MQTT_PATH
 from fleetlift.log import get_logger
 from fleetlift.sides.base import FeedItem, Side, SideCommand
+from fleetlift.sides.sightings import Sightings
 from fleetlift.store import commands as command_store
 from fleetlift.store import devices as device_store
 from fleetlift.store import presence as presence_store
@@ -116,7 +115,7 @@ class FleetliftSide:
         self._pool = services.pool
         self._tenant = tenant
         self._key = key
-        self._parsed: dict[str, tuple[str, DeviceReport]] = {}  # device: its report as last read
+        self._sightings = Sightings(services.pool)
         self._adopted: dict[str, str] = {}  # device: its attributes, as JSON, when it was last registered
 
     # -- preparing ---------------------------------------------------------------------------------------
@@ -367,60 +366,14 @@ class FleetliftSide:
         """What devices report of themselves in their shadow `fleetlift`."""
         with _reachable():
             async with self._pool.acquire() as conn:
-                return self._reports(await shadow_store.reported(conn, SHADOW_NAME))
+                return self._sightings.reports(await shadow_store.reported(conn, SHADOW_NAME))
 
     async def observe(self, devices: Sequence[str]) -> Mapping[str, DeviceObservation]:
         """Connection, report and newest telemetry (own path, and the other ones) of each device seen here."""
-        wanted = list(devices)
         if not self._services.nc.is_connected:
             raise Unavailable("the new side's NATS does not answer: devices cannot be moved there now")
-
-        async def reported() -> list[tuple[str, str]]:
-            async with self._pool.acquire() as conn:
-                return await shadow_store.reported(conn, SHADOW_NAME, wanted)
-
-        with _reachable():  # at once: of a large fleet one is decoded while the database works on the others
-            found, online, heard = await asyncio.gather(
-                reported(),
-                self._pool.fetch(
-                    "SELECT device FROM presence WHERE connected AND device = ANY($1::text[])", wanted
-                ),
-                self._pool.fetch(
-                    "SELECT device, "
-                    "extract(epoch FROM max(last_at) FILTER (WHERE path = $2))::float8 AS new, "
-                    "extract(epoch FROM max(last_at) FILTER (WHERE path <> $2))::float8 AS old "
-                    "FROM ledger WHERE device = ANY($1::text[]) GROUP BY device",
-                    wanted,
-                    MQTT_PATH,
-                ),
-            )
-        reports = self._reports(found)
-        connected = {device for (device,) in online}
-        times = {device: (new, old) for device, new, old in heard}
-        seen: dict[str, DeviceObservation] = {}
-        for device in reports.keys() | connected | times.keys():
-            new_at, old_at = times.get(device, (None, None))
-            seen[device] = DeviceObservation(
-                connected_new=device in connected,
-                report_by_new=reports.get(device),
-                new_telemetry_at=new_at,
-                old_telemetry_at=old_at,
-            )
-        return seen
-
-    def _reports(self, found: Sequence[tuple[str, str]]) -> dict[str, DeviceReport]:
-        """What devices report, of those that can be read; parsed only where it has changed."""
-        reports: dict[str, DeviceReport] = {}
-        for device, text in found:
-            known = self._parsed.get(device)
-            if known is None or known[0] != text:
-                try:
-                    known = (text, _decode_report(text))
-                except (msgspec.MsgspecError, ValueError):
-                    continue
-                self._parsed[device] = known
-            reports[device] = known[1]
-        return reports
+        with _reachable():
+            return await self._sightings.read(devices)
 
     async def log_end(self) -> tuple[datetime, int]:
         """When the log was created, and the number of its last message. Raises Unavailable."""
@@ -493,9 +446,6 @@ def _merged(row: asyncpg.Record | None, attributes: Mapping[str, Any]) -> dict[s
     """What the registry knows already stays, except where the old side says otherwise."""
     held: dict[str, Any] = msgspec.json.decode(row["attributes"]) if row is not None else {}
     return {**held, **attributes}
-
-
-_decode_report = msgspec.json.Decoder(DeviceReport).decode
 
 
 def _both_since(before: str, after: str) -> str:
