@@ -9,7 +9,8 @@ from agent_world import NEW, OLD, World, flags, orders
 
 from fleetlift.core.orders import HEALTH_CHANNEL, DevicePhase, Endpoint, Flags, LinkFlag, TelemetryFlag
 from fleetlift.device import messages as m
-from fleetlift.device.agent import MOVES, AgentSettings, Cause, IllegalMove
+from fleetlift.device.agent import AgentSettings
+from fleetlift.device.moves import MOVES, Cause, IllegalMove
 
 S = m.AnswerStatus
 BOTH = flags("both")
@@ -659,13 +660,13 @@ def test_no_fault_in_any_phase_strands_a_device_or_loses_a_message(phase: str, f
 @pytest.mark.parametrize("cause", Cause)
 def test_the_table_of_phases_is_the_machines_only_way(phase: DevicePhase, cause: Cause) -> None:
     w = World()
-    w.agent.record = m.Record(phase=phase)
+    w.agent._moves.record = m.Record(phase=phase)
     if cause in MOVES[phase]:
-        w.agent._move(cause)
+        w.agent._moves.move(cause, w.now)
         assert w.agent.phase is MOVES[phase][cause]
     else:
         with pytest.raises(IllegalMove):
-            w.agent._move(cause)
+            w.agent._moves.move(cause, w.now)
 
 
 @pytest.mark.parametrize("seed", [*range(60), 1220, 1231, 1887])

@@ -5,7 +5,8 @@ from pathlib import Path
 
 import msgspec
 
-from fleetlift.device.agent import MOVES, AgentSettings
+from fleetlift.device.agent import AgentSettings
+from fleetlift.device.moves import MOVES
 
 PAGE = (Path(__file__).parents[2] / "docs" / "device.md").read_text()
 

@@ -19,9 +19,9 @@ from fleetlift.core.orders import Orders
 from fleetlift.core.plan import ladder
 from fleetlift.core.round import Round
 from fleetlift.core.telemetry import Telemetry
-from fleetlift.device import agent as agents
-from fleetlift.device.agent import Agent
-from fleetlift.device.messages import Saved
+from fleetlift.device.commands import Commands
+from fleetlift.device.moves import Cause, Moves
+from fleetlift.device.outbox import Outbox
 from fleetlift.migrate import runner as runners
 from fleetlift.migrate.bridge import Bridge
 from fleetlift.migrate.runner import Runner
@@ -69,12 +69,13 @@ def _forgets_rows(real: Any) -> Any:
 def _drops_when_sent(real: Any) -> Any:
     """A message leaves the outbox when it is sent, not when it was acknowledged."""
 
-    def pump(agent: Any, link: Any, now: float) -> None:
-        real(agent, link, now)
-        for held, _ in list(link.in_flight.values()):
+    def pump(outbox: Any, link: Any, now: float) -> None:
+        real(outbox, link, now)
+        in_flight = outbox._lanes[link.path].in_flight
+        for held, _ in list(in_flight.values()):
             if not held.gone:
-                agent._persist(agent._leave(held), wait=False)
-        link.in_flight.clear()
+                outbox._actions.persist(outbox._leave(held), wait=False)
+        in_flight.clear()
 
     return pump
 
@@ -96,20 +97,17 @@ def _position_first(real: Any) -> Any:
 def _forgets_commands(real: Any) -> Any:
     """After a reboot the device does not know which commands it has executed."""
 
-    def started(agent: Any, saved: Saved, now: float) -> None:
-        real(agent, msgspec.structs.replace(saved, commands=()), now)
-
-    return started
+    return lambda commands, saved: real(commands, ())
 
 
 def _no_memory(real: Any) -> Any:
     """The second copy of a command is not recognised."""
 
-    def commanded(agent: Any, event: Any, now: float) -> None:
-        agent._commands.pop(event.id, None)
-        real(agent, event, now)
+    def received(commands: Any, event: Any, flag: Any, now: float) -> None:
+        commands._known.pop(event.id, None)
+        real(commands, event, flag, now)
 
-    return commanded
+    return received
 
 
 def _never_closed(real: Any) -> Any:
@@ -125,10 +123,10 @@ def _never_closed(real: Any) -> Any:
 def _epoch_ignored(real: Any) -> Any:
     """The device obeys whatever order comes last."""
 
-    def ordered(agent: Any, path: Any, orders: Any, now: float) -> None:
-        if 0 < orders.epoch < agent.record.epoch:
-            agent.record = msgspec.structs.replace(agent.record, epoch=orders.epoch - 1)
-        real(agent, path, orders, now)
+    def ordered(moves: Any, link: Any, orders: Any, now: float) -> bool:
+        if 0 < orders.epoch < moves.record.epoch:
+            moves.record = msgspec.structs.replace(moves.record, epoch=orders.epoch - 1)
+        return bool(real(moves, link, orders, now))
 
     return ordered
 
@@ -168,9 +166,9 @@ def _told_before_journal(real: Any) -> Any:
 def _no_dead_man(real: Any) -> Any:
     """A device that has lost the new side stays there."""
 
-    def back(agent: Any, cause: agents.Cause, reason: str) -> None:
-        if cause is not agents.Cause.NEW_LOST:
-            real(agent, cause, reason)
+    def back(moves: Any, cause: Cause, reason: str, now: float) -> None:
+        if cause is not Cause.NEW_LOST:
+            real(moves, cause, reason, now)
 
     return back
 
@@ -294,7 +292,7 @@ BREAKAGES: dict[str, Breakage] = {
     ),
     "outbox-dropped-early": Breakage(
         what="a message leaves the device's outbox once it is sent",
-        patch=_replaced(Agent, "_pump", _drops_when_sent),
+        patch=_replaced(Outbox, "pump", _drops_when_sent),
         caught_by=(LOST,),
     ),
     "feed-position-first": Breakage(
@@ -304,12 +302,12 @@ BREAKAGES: dict[str, Breakage] = {
     ),
     "commands-forgotten": Breakage(
         what="a device that was rebooted does not know the commands it has executed",
-        patch=_replaced(Agent, "_started", _forgets_commands),
+        patch=_replaced(Commands, "started", _forgets_commands),
         caught_by=(TWICE, "commands end"),
     ),
     "second-copy-executed": Breakage(
         what="a device executes the second copy of a command",
-        patch=_replaced(Agent, "_commanded", _no_memory),
+        patch=_replaced(Commands, "received", _no_memory),
         caught_by=(TWICE,),
     ),
     "expiry-forgotten": Breakage(
@@ -323,7 +321,7 @@ BREAKAGES: dict[str, Breakage] = {
     "epoch-ignored": Breakage(
         what="a device obeys an order that is older than the one it holds",
         patch=_many(
-            _replaced(Agent, "_ordered", _epoch_ignored), _replaced(OldSide, "deliver", _older_config)
+            _replaced(Moves, "ordered", _epoch_ignored), _replaced(OldSide, "deliver", _older_config)
         ),
         caught_by=(ONE, BACK, STRANDED),
     ),
@@ -339,7 +337,7 @@ BREAKAGES: dict[str, Breakage] = {
     ),
     "dead-man-off": Breakage(
         what="a device that has lost the new side never goes back by itself",
-        patch=_replaced(Agent, "_back", _no_dead_man),
+        patch=_replaced(Moves, "back", _no_dead_man),
         caught_by=(BACK, STRANDED),
     ),
     "missing-data-passes": Breakage(
