@@ -132,22 +132,26 @@ class _Deciding(Round):
         """Enrol devices that have joined; devices never told that have left take no part."""
         if self.fleet is None:
             return
-        ranks = {device: member.rank for device, member in self.members.items()}
-        fresh = newcomers(self.plan.name, self.plan.fleet.canaries, ranks, self.fleet)
+        fresh: dict[str, int] = {}
+        if not self.fleet.keys() <= self.members.keys():
+            ranks = {device: member.rank for device, member in self.members.items()}
+            fresh = newcomers(self.plan.name, self.plan.fleet.canaries, ranks, self.fleet)
         for device, rank in fresh.items():
             self.members[device] = Member(device=device, rank=rank)
         if fresh:
             self.note(
                 "devices_joined", f"{format_devices(len(fresh))} joined the fleet", devices=listed(fresh)
             )
-        for member in list(self.members.values()):
-            if member.device in self.state.kept_back:
+        kept_back = frozenset(self.state.kept_back)
+        apart = (MemberState.EXCLUDED, MemberState.WAITING)
+        for member in [one for one in self.members.values() if one.state in apart]:
+            if member.device in kept_back:
                 continue
             if member.state is MemberState.EXCLUDED:
                 if self.barred(member.device) is None:
                     back = member.told_at is not None and member.moved_at is None
                     self.put(member, state=MemberState.RETURNING if back else MemberState.WAITING, reason="")
-            elif member.state is MemberState.WAITING and (why := self.barred(member.device)) is not None:
+            elif (why := self.barred(member.device)) is not None:
                 self.put(member, state=MemberState.EXCLUDED, reason=why)
 
     # -- evidence --------------------------------------------------------------------------------------
@@ -162,6 +166,11 @@ class _Deciding(Round):
                 continue
             seen = self.sight(member)
             match member.state:
+                case MemberState.MOVED | MemberState.RETURNED if member.rung > 0:  # most of a large fleet
+                    if went_back(member, seen):
+                        gone_back.append(self._straggler(member, why_back(member, seen)))
+                    elif self._obeys_another(member, seen):
+                        taken.append(self._straggler(member, foreign_reason(seen)))
                 case MemberState.EXCLUDED:
                     if member.moved_at is None and self._is_back(member, seen):
                         self.put(member, moved_at=self.now)
@@ -182,11 +191,6 @@ class _Deciding(Round):
                         self.put(member, state=MemberState.MOVED, moved_at=self.now, reason="")
                     elif member.state is MemberState.MOVING and (why := self._overdue(member, seen)):
                         late.append(self._straggler(member, why))
-                case MemberState.MOVED | MemberState.RETURNED if member.rung > 0:
-                    if went_back(member, seen):
-                        gone_back.append(self._straggler(member, why_back(member, seen)))
-                    elif self._obeys_another(member, seen):
-                        taken.append(self._straggler(member, foreign_reason(seen)))
                 case _:
                     pass
         self.note_devices("devices_went_back", "gone back by themselves", gone_back)
@@ -299,17 +303,15 @@ class _Deciding(Round):
 
     def _silent(self) -> Sample:
         """Moved devices that the new side has not heard of for longer than the step allows."""
-        moved = [
-            member
-            for member in self.members.values()
-            if member.state is MemberState.MOVED and self.rungs[member.rung].flags.telemetry in BY_NEW
-        ]
+        by_new = [rung.flags.telemetry in BY_NEW for rung in self.rungs]
+        moved = [m for m in self.members.values() if m.state is MemberState.MOVED and by_new[m.rung]]
         limit_s = self.rung.silent_after_s
         silent = []
         for member in moved:
-            heard = self.sight(member).new_telemetry_at
-            last = max((at for at in (heard, member.moved_at) if at is not None), default=-math.inf)
-            if self.now - last > limit_s:
+            heard, moved_at = self.sight(member).new_telemetry_at, member.moved_at
+            if (heard is None or self.now - heard > limit_s) and (
+                moved_at is None or self.now - moved_at > limit_s
+            ):
                 silent.append(member.device)
         summary = f"of {len(moved):,} moved devices, for longer than {format_duration(limit_s)}"
         if silent:
@@ -624,7 +626,8 @@ class _Deciding(Round):
         last = self.state.told_again_at
         if last is not None and self.now - last < TELL_AGAIN_S:
             return
-        climbing = self.state.phase in (Phase.RUNNING, Phase.FINISHED) and self._sides_up()
+        up = self._sides_up()
+        climbing = up and self.state.phase in (Phase.RUNNING, Phase.FINISHED)
         again: list[Member] = []
         afresh: list[Member] = []
         anew: list[Member] = []
@@ -633,7 +636,7 @@ class _Deciding(Round):
                 continue
             seen = self.sight(member)
             if not self._unanswered(member):
-                if member.rung > 0 and self._sides_up() and self.online(member) and tries_again(member, seen):
+                if member.rung > 0 and up and tries_again(member, seen) and self.online(member):
                     anew.append(member)
                 continue
             if member.rung > 0 and member.state in (MemberState.MOVING, MemberState.STRAGGLER):

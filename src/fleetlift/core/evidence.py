@@ -50,10 +50,12 @@ def obeys_another(seen: DeviceObservation, flags: Flags, epoch: int) -> bool:
 
 def went_back(member: Member, seen: DeviceObservation) -> bool:
     """Whether the device has given this order up. It stays so until a newer order: no report outdoes it."""
-    return member.epoch > 0 and any(
-        report is not None and report.phase is DevicePhase.WENT_BACK and report.epoch >= member.epoch
-        for report in (seen.report, seen.report_by_new)
-    )
+    if member.epoch == 0:
+        return False
+    for report in (seen.report, seen.report_by_new):
+        if report is not None and report.phase is DevicePhase.WENT_BACK and report.epoch >= member.epoch:
+            return True
+    return False
 
 
 def tries_again(member: Member, seen: DeviceObservation) -> bool:
@@ -79,8 +81,10 @@ def foreign_reason(seen: DeviceObservation) -> str:
 
 
 def newest(seen: DeviceObservation) -> DeviceReport | None:
-    reports = [report for report in (seen.report, seen.report_by_new) if report is not None]
-    return max(reports, key=lambda report: report.epoch, default=None)
+    one, other = seen.report, seen.report_by_new
+    if one is None or other is None:
+        return other if one is None else one
+    return other if other.epoch > one.epoch else one
 
 
 def listed(devices: Iterable[str]) -> list[str]:
