@@ -1,5 +1,6 @@
 """Gates' measurements on rows as the backend writes them."""
 
+import random
 import time
 from datetime import UTC, datetime
 
@@ -138,6 +139,45 @@ async def test_completeness_counts_what_the_old_path_knows_and_the_new_one_lacks
     assert sample.evidence["summary"] == "20 of 130 missing, 1 device"
     [example] = sample.evidence["examples"]
     assert (example["device"], example["gaps"]) == ("car-1", "{[150,160),[190,200)}")
+
+
+async def test_completeness_is_a_count_whatever_the_gaps(pool: Pool, measurer: Measurer) -> None:
+    """Where nothing is missing as well as where much is, it is what a count of single numbers gives."""
+    chance = random.Random(1)
+    cars = [f"car-{n:03}" for n in range(150)]
+    before: dict[str, set[int]] = {}
+    for car in cars:
+        before[car] = set(range(chance.choice((0, 5)), chance.choice((8, 12))))
+        if chance.random() < 0.3:
+            before[car] = set()
+        if before[car]:
+            await ledger(pool, car, "mqtt", multirange(before[car]))
+        await ledger(pool, car, "legacy", "{[0,12)}")
+    await measurer.note_baselines(dict.fromkeys(cars, 5))
+    await measure(measurer, "telemetry.completeness", wave(*cars), TELEMETRY)
+
+    expected = missing = 0
+    for car in cars:
+        more = set(range(chance.choice((12, 12, 13)), chance.randint(13, 20)))
+        lost = set(chance.sample(range(10, 20), 3)) if chance.random() < 0.3 else set()
+        has = set() if chance.random() < 0.1 else (before[car] | more) - lost
+        if has:
+            await ledger(pool, car, "mqtt", multirange(has))
+        top = chance.randint(12, 20)
+        await ledger(pool, car, "legacy", f"{{[0,{top})}}")
+        has = has or before[car]
+        baseline = max(before[car], default=-1)
+        own = {one for one in has if one > baseline}
+        wanted = range(min(own, default=12), max(top, *(one + 1 for one in has or {0})))
+        expected += len(wanted)
+        missing += len(set(wanted) - own)
+    sample = await measure(measurer, "telemetry.completeness", wave(*cars), TELEMETRY)
+    assert (sample.n, sample.evidence["missing"]) == (expected, missing)
+    assert 0 < missing < expected
+
+
+def multirange(numbers: set[int]) -> str:
+    return "{" + ",".join(f"[{one},{one + 1})" for one in sorted(numbers)) + "}"
 
 
 async def test_a_message_still_under_way_is_not_missing(pool: Pool, measurer: Measurer) -> None:

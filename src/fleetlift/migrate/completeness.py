@@ -106,54 +106,66 @@ class Completeness:
         heard_at = 0.0
         told_at = {m.device: m.told_at or now for m in wave.moved}
         anew: set[tuple[str, str]] = set()  # channels whose count began anew since their device was told
-        for row in await conn.fetch(
-            "SELECT device, channel, max(upper(ranges)) - 1 AS top, "
-            "extract(epoch FROM max(last_at))::float8 AS last_at, "
-            "extract(epoch FROM max(began_at) FILTER (WHERE restarts > 0))::float8 AS anew_at FROM ledger "
-            "WHERE device = ANY($1::text[]) AND channel <> $2 AND path = ANY($3::text[]) "
-            "AND NOT isempty(ranges) GROUP BY device, channel",
-            [m.device for m in wave.moved],
-            TRY_CHANNEL,
-            [MQTT_PATH, self._old_path],
+        unbroken: dict[tuple[str, str], tuple[int, int]] = {}  # what the new side has, from and to before
+        for device, channel, last, last_at, anew_at, lower, upper in await conn.fetch(
+            _TOPS_SQL, list(told_at), TRY_CHANNEL, [MQTT_PATH, self._old_path], MQTT_PATH
         ):
-            key = (row["device"], row["channel"])
-            top[key] = row["top"]
-            heard_at = max(heard_at, row["last_at"])
-            if row["anew_at"] is not None and row["anew_at"] > told_at[row["device"]]:
+            key = (device, channel)
+            top[key] = last
+            heard_at = max(heard_at, last_at)
+            if anew_at is not None and anew_at > told_at[device]:
                 anew.add(key)
-            if row["last_at"] <= now - rung.grace_s:
-                settled[key] = row["top"]
+            if last_at <= now - rung.grace_s:
+                settled[key] = last
+            if lower is not None and upper is not None:
+                unbroken[key] = lower, upper
         if top and now - heard_at > rung.silent_after_s:
             # What came before says nothing of the time since: a wave that sends nothing is not complete.
             silent = f"nothing has come from the wave for {now - heard_at:.0f} s"
             return {name: Sample(value=None, evidence=summary(silent))}
-        by_device: dict[str, dict[str, int]] = {}
-        for (device, channel), seq in top.items():
-            by_device.setdefault(device, {})[channel] = seq
         epochs = {m.device: m.epoch for m in wave.moved}
-        for device, epoch in epochs.items():
-            self._moved_tops.setdefault((device, epoch), by_device.get(device, {}))
+        fresh = {device for device, epoch in epochs.items() if (device, epoch) not in self._moved_tops}
+        for device in fresh:
+            self._moved_tops[device, epochs[device]] = {}
+        for (device, channel), seq in top.items() if fresh else ():
+            if device in fresh:
+                self._moved_tops[device, epochs[device]][channel] = seq
         self._tops.add(now, top, rung.grace_s)
         upto = {**self._tops.before(now - rung.grace_s), **settled}
         # A count that began anew has left its former heights.
         upto = {key: min(seq, top[key]) for key, seq in upto.items() if key in top}
-        keys = [key for key in upto if key[0] in epochs]
-        # Where the count began anew, what the new side has of it is expected from its first number there on.
-        after = {key: self._baselines.get(key[0], (0, {}))[1].get(key[1]) for key in keys if key not in anew}
-        moved = {key: self._moved_tops[key[0], epochs[key[0]]].get(key[1], -1) for key in keys}
-        rows = await conn.fetch(
-            _MISSING_SQL,
-            [device for device, _ in keys],
-            [channel for _, channel in keys],
-            [after.get(key) for key in keys],
-            [upto[key] if key in anew else moved[key] for key in keys],
-            [upto[key] for key in keys],
-            MQTT_PATH,
-            EXAMPLES,
-        )
-        if not rows:
+        expected, missing, devices = 0, 0, 0
+        keys, after = [], []
+        for key, hi in upto.items():
+            if key[0] not in epochs:
+                continue
+            # Where the count began anew, what the new side has of it is expected from its first number there.
+            lo = None if key in anew else self._baselines.get(key[0], (0, {}))[1].get(key[1])
+            lower, upper = unbroken.get(key, (0, 0))
+            first = lower if lo is None else max(lower, lo + 1)
+            if first < upper and hi < upper:  # as it is nearly everywhere: nothing is missing
+                expected += max(0, hi - first + 1)
+            else:
+                keys.append(key)
+                after.append(lo)
+        rows = []
+        if keys:
+            moved = (self._moved_tops[key[0], epochs[key[0]]].get(key[1], -1) for key in keys)
+            rows = await conn.fetch(
+                _MISSING_SQL,
+                [device for device, _ in keys],
+                [channel for _, channel in keys],
+                after,
+                [upto[key] if key in anew else base for key, base in zip(keys, moved, strict=True)],
+                [upto[key] for key in keys],
+                MQTT_PATH,
+                EXAMPLES,
+            )
+        if rows:
+            expected += rows[0]["all_expected"]
+            missing, devices = rows[0]["all_missing"], rows[0]["all_devices"]
+        if not expected:
             return {name: Sample(value=None, evidence=summary("no numbered message is old enough to judge"))}
-        expected, missing, devices = rows[0]["all_expected"], rows[0]["all_missing"], rows[0]["all_devices"]
         noun = "device" if devices == 1 else "devices"
         return {
             name: Sample(
@@ -179,6 +191,18 @@ class Completeness:
             )
         }
 
+
+# Of each (device, channel): the highest number known, when anything came last, since when the count is
+# another one, and the bounds of what the new side has, where that is without a gap.
+_TOPS_SQL = """
+SELECT device, channel, max(upper(ranges)) - 1, extract(epoch FROM max(last_at))::float8,
+       extract(epoch FROM max(began_at) FILTER (WHERE restarts > 0))::float8,
+       max(lower(ranges)) FILTER (WHERE path = $4 AND ranges = range_merge(ranges)::int8multirange),
+       max(upper(ranges)) FILTER (WHERE path = $4 AND ranges = range_merge(ranges)::int8multirange)
+FROM ledger
+WHERE device = ANY($1::text[]) AND channel <> $2 AND path = ANY($3::text[]) AND NOT isempty(ranges)
+GROUP BY device, channel
+"""
 
 # Of each (device, channel): what lies between the first seq that the new side has seen since the baseline
 # `lo` (or, where it has seen none, the first one after `base`) and `hi`, less what the new side has.

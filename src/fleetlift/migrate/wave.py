@@ -3,6 +3,7 @@
 import heapq
 from collections.abc import Collection, Iterable, Sequence
 from datetime import UTC, datetime
+from operator import attrgetter
 from typing import Any
 
 import msgspec
@@ -75,4 +76,4 @@ def _stays(member: Member) -> bool:
 
 
 def _even(members: Iterable[Member]) -> tuple[Member, ...]:
-    return tuple(heapq.nsmallest(ARM_MOST, members, key=lambda m: m.rank))
+    return tuple(heapq.nsmallest(ARM_MOST, members, key=attrgetter("rank")))
