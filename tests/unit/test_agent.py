@@ -514,6 +514,42 @@ def test_answers_owed_by_a_link_that_closes_are_given_first() -> None:
     assert w.sides[NEW].final("c1") == [S.SUCCEEDED] and not w.sides[NEW].connected
 
 
+@pytest.mark.parametrize("restarts", [False, True])
+def test_an_outcome_owed_by_an_old_link_that_has_closed_goes_by_the_new_one(restarts: bool) -> None:
+    """The new side is told by which path the command came; a copy by itself is no reason to say less."""
+    w = World()
+    w.command_takes_s = 8.0
+    w.run(1)
+    w.command(OLD, "c1")
+    w.run(0.5)
+    w.move(ALL_NEW)
+    w.run(5)
+    assert not w.sides[OLD].connected and w.sides[OLD].final("c1") == []
+    if restarts:
+        w.crash()
+        w.run(0.1)
+    w.command(NEW, "c1")
+    w.run(15)
+    outcome = S.FAILED if restarts else S.SUCCEEDED
+    assert set(w.sides[NEW].final("c1")) <= {outcome, S.DUPLICATE} and outcome in w.sides[NEW].final("c1")
+    assert w.executed == ["c1"]
+
+
+def test_an_outcome_owed_by_a_new_link_that_has_closed_goes_by_the_old_one_once_that_asks() -> None:
+    w = World()
+    w.command_takes_s = 8.0
+    w.run(1)
+    w.move(flags("both", "both"))
+    w.command(NEW, "c1")
+    w.run(0.5)
+    w.order(OLD, orders(2, Flags()))
+    w.run(5)
+    assert not w.sides[NEW].connected and w.sides[NEW].final("c1") == []
+    w.command(OLD, "c1")
+    w.run(15)
+    assert w.sides[OLD].final("c1") == [S.SUCCEEDED]
+
+
 def test_a_clock_set_back_delays_nothing() -> None:
     w = World()
     w.run(1)

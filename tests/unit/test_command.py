@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fleetlift.core.command import (
+    BROUGHT_BY,
     EXPIRES_IN_S_MAX,
     FINAL,
     MOVES,
@@ -30,6 +31,7 @@ from fleetlift.core.command import (
     paths_for,
     read_response,
     record,
+    reported,
     resolve,
     retry_due,
     storable,
@@ -38,6 +40,8 @@ from fleetlift.core.command import (
 from fleetlift.core.errors import BadInput, Conflict
 from fleetlift.core.jsonvalue import JsonObject
 from fleetlift.core.orders import PROBE_COMMAND, CommandsFlag
+from fleetlift.device.links import response
+from fleetlift.device.messages import AnswerStatus
 
 P = PathStatus
 
@@ -135,6 +139,16 @@ def test_a_response_that_cannot_be_read_is_refused_in_aws_s_words(
 def test_whatever_a_device_sends_is_read_or_refused(payload: bytes) -> None:
     with contextlib.suppress(BadResponse):
         read_response(payload)
+
+
+@pytest.mark.parametrize(("said", "path"), [("old", Path.OLD), ("new", Path.NEW), ("x", None), (None, None)])
+def test_an_answer_that_comes_by_the_other_path_says_so(said: str | None, path: Path | None) -> None:
+    detail: dict[str, object] = {"door": "left"}
+    if said is not None:
+        detail[BROUGHT_BY] = said
+    assert reported(P.SUCCEEDED, detail) == Reported(P.SUCCEEDED, {"door": "left"}, path)
+    by_mqtt = read_response(response(AnswerStatus.SUCCEEDED, msgspec.json.encode(detail)))
+    assert by_mqtt == Reported(P.SUCCEEDED, {"result": {"door": "left"}}, path)
 
 
 def test_what_the_database_cannot_keep_is_replaced() -> None:

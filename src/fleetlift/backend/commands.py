@@ -453,7 +453,13 @@ async def _record(conn: Conn, messages: Sequence[Message]) -> list[_Told]:
             told.append(_Told(device, _Rejected(problem.error, str(problem), execution)))
             continue
         answers.append(
-            store.Answer(command=execution, path=Path.NEW, reported=reported, at=message.at, device=device)
+            store.Answer(
+                command=execution,
+                path=reported.path or Path.NEW,
+                reported=reported,
+                at=message.at,
+                device=device,
+            )
         )
     for answer, result in zip(answers, await store.record_answers(conn, answers), strict=True):
         body = (

@@ -25,6 +25,7 @@ RESULT_BYTES_MAX = 65_536
 PARAMS_DEPTH_MAX = 32
 NAME = re.compile(r"[a-zA-Z0-9][a-zA-Z0-9._:-]{0,63}")
 
+BROUGHT_BY = "fleetlift.path"  # in an answer: the path that brought the command, when it is closed now
 WRONG_SIDE = "WRONG_SIDE"  # a device's reason: its flags do not let it take commands by this side now
 
 RETRY_AFTER_S = 2.0  # the first copy after the first; later ones wait half as long as was waited in all
@@ -256,13 +257,18 @@ class _Response(msgspec.Struct, frozen=True, rename="camel"):
     status: str
     status_reason: _Reason | None = None
     result: dict[str, object] | None = None
+    path: str = msgspec.field(default="", name=BROUGHT_BY)
 
 
 class Reported(msgspec.Struct, frozen=True):
-    """What a device's response says: the path's status, and what goes into its detail."""
+    """What a device's response says: the path's status, and what goes into its detail.
+
+    `path` is the one that brought the command, when the answer had to come by the other.
+    """
 
     status: PathStatus
     detail: JsonObject
+    path: Path | None = None
 
 
 _STATUSES: Mapping[str, PathStatus] = {
@@ -311,7 +317,17 @@ def read_response(payload: bytes) -> Reported:
             )
         detail["result"] = response.result  # type: ignore[assignment]
     status = _REASONS.get((response.status, code), _STATUSES[response.status])
-    return Reported(status, storable(detail))
+    return Reported(status, storable(detail), _brought_by(response.path))
+
+
+def reported(status: PathStatus, detail: Mapping[str, object]) -> Reported:
+    """The same of an answer that came by an old side."""
+    rest = {key: value for key, value in detail.items() if key != BROUGHT_BY}
+    return Reported(status, storable(rest), _brought_by(detail.get(BROUGHT_BY)))
+
+
+def _brought_by(path: object) -> Path | None:
+    return Path(path) if isinstance(path, str) and path in tuple(Path) else None
 
 
 def storable(detail: Mapping[str, object]) -> JsonObject:

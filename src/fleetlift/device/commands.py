@@ -6,6 +6,7 @@ from typing import Any, Final
 
 import msgspec
 
+from fleetlift.core.command import BROUGHT_BY
 from fleetlift.core.orders import PROBE_COMMAND, CommandsFlag
 from fleetlift.device.actions import Actions
 from fleetlift.device.clock import SideClock
@@ -55,6 +56,7 @@ class Commands:
         self._early: list[CommandReceived] = []  # came before the new side has told its time
         self._begun: deque[tuple[int, CommandReceived]] = deque()  # (token, command): executed once stored
         self._outcomes: deque[tuple[int, str]] = deque()  # (token, command id): answered once stored
+        self._by_both: set[str] = set()  # ids of which a copy has come by the second path as well
         # By path and command id; with the time at which the answer was sent.
         self._owed: dict[Path, dict[str, tuple[AnswerStatus, bytes, float | None]]] = {
             path: {} for path in links
@@ -116,9 +118,15 @@ class Commands:
         self._begun.append((self._actions.persist(CommandKept(kept)), event))
 
     def _known_again(self, path: Path, known: CommandRecord) -> None:
-        """A second copy: by the same path it gets the first one's answer again, by the other `duplicate`."""
+        """A second copy: by the same path it gets the first one's answer again, by the other `duplicate`,
+        unless this is the path by which the outcome has to go now."""
         self.duplicates += 1
         if known.path is not path:
+            self._by_both.add(known.id)
+            if self._closed(known.path) and not known.answered:
+                if known.id in self._executing:
+                    self._acknowledge(path, known.id)
+                return
             text = f"the first copy came by the {known.path.value} side"
             self._answer(path, known.id, AnswerStatus.DUPLICATE, _detail("DUPLICATE", text))
         elif known.status is not None and known.id not in self._executing:
@@ -205,11 +213,29 @@ class Commands:
         if not link.ready:
             return
         owed = self._owed[link.path]
+        for path in self._owed:
+            if path is not link.path and self._closed(path):
+                self._take_over(path, link.path)
         for id_, (status, detail, sent_at) in owed.items():
             if sent_at is not None:
                 continue
             owed[id_] = (status, detail, now)
             self._actions.out.append(AnswerCommand(link.path, id_, status, detail))
+
+    def _closed(self, path: Path) -> bool:
+        """Whether a path is down and stays so: what is owed by it is not taken there any more."""
+        link = self._links[path]
+        return link.state is LinkState.DOWN and not link.wanted
+
+    def _take_over(self, closed: Path, path: Path) -> None:
+        """Owe outcomes by the path that is left. An old side knows only the commands that it has sent."""
+        for id_, (status, _, _) in list(self._owed[closed].items()):
+            known = self._known.get(id_)
+            if known is None or known.status is not status:
+                continue  # an answer that speaks of a copy, and says nothing of what was done
+            if path is Path.NEW or path is known.path or id_ in self._by_both:
+                del self._owed[closed][id_]
+                self._answer(path, id_, status, _outcome(known, path))
 
     def answer_acked(self, event: AnswerAcked) -> bool:
         """A side has an answer. True: it was that to a probe of the new side."""
@@ -218,7 +244,7 @@ class Commands:
             return False
         del self._owed[event.path][event.id]
         known = self._known.get(event.id)
-        if known is not None and known.path is event.path and known.status is event.status:
+        if known is not None and known.status is owed[0] and owed[1] == _outcome(known, event.path):
             if not known.answered:
                 self._known[event.id] = known = msgspec.structs.replace(known, answered=True)
                 self._actions.persist(CommandKept(known), wait=False)
@@ -249,8 +275,10 @@ class Commands:
         limit = self._clock.time(now) - self._settings.remember_commands_s
         old = [c.id for c in self._known.values() if max(c.at, c.expires_at) < limit and c.status]
         for id_ in old:
-            path = self._known.pop(id_).path
-            self._owed[path].pop(id_, None)
+            del self._known[id_]
+            self._by_both.discard(id_)
+            for owed in self._owed.values():
+                owed.pop(id_, None)
         if old:
             self._actions.persist(*map(CommandForgotten, old), wait=False)
 
@@ -258,6 +286,13 @@ class Commands:
         for owed in self._owed.values():
             for id_, (status, detail, sent_at) in owed.items():
                 owed[id_] = (status, detail, None if sent_at is None else sent_at + by_s)
+
+
+def _outcome(known: CommandRecord, path: Path) -> bytes:
+    """What is said of a command's outcome by a path: by another than the command came by, also which one."""
+    if path is known.path:
+        return known.detail
+    return msgspec.json.encode({**msgspec.json.decode(known.detail), BROUGHT_BY: known.path.value})
 
 
 def _detail(code: str, reason: str) -> bytes:

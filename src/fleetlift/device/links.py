@@ -11,6 +11,7 @@ from typing import Any, Final, Protocol, cast
 import msgspec
 
 from fleetlift.core import legacy, mqtt
+from fleetlift.core.command import BROUGHT_BY
 from fleetlift.core.orders import SHADOW_NAME, DeviceReport, Orders
 from fleetlift.device.messages import (
     AnswerAcked,
@@ -293,6 +294,8 @@ def response(status: AnswerStatus, detail: bytes) -> bytes:
     said: dict[str, Any] = msgspec.json.decode(detail)
     name, code = _RESPONSES[status]
     payload: dict[str, Any] = {"status": name}
+    if (path := said.pop(BROUGHT_BY, None)) is not None:
+        payload[BROUGHT_BY] = path
     if status is AnswerStatus.FAILED and said.get("code") in _REFUSALS:
         payload["status"] = "REJECTED"
     if code:

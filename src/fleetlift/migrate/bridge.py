@@ -15,7 +15,7 @@ from typing import Any
 import msgspec
 
 from fleetlift.backend.follow import end
-from fleetlift.core.command import Path, PathStatus, Reported, storable
+from fleetlift.core.command import Path, PathStatus, reported
 from fleetlift.core.errors import BadInput, FleetError, Unavailable
 from fleetlift.core.migration import FleetDevice
 from fleetlift.core.orders import DeviceReport
@@ -369,10 +369,11 @@ class Bridge:
         except ValueError:
             log.warning("feed_answer_refused", side=self.key, command=answer.command, status=answer.status)
             return None
+        said = reported(status, answer.detail)
         return Answer(
             command=answer.command,
-            path=Path.OLD,
-            reported=Reported(status, storable(answer.detail)),
+            path=said.path or Path.OLD,
+            reported=said,
             at=answer.at,
             device=answer.device,
         )

@@ -221,7 +221,8 @@ class NewSide:
         command, payload, at = message
         reported = read_response(payload)
         self._history.note("new", "answer", wire.link.device.id, command, reported.status.value)
-        answer = Answer(command=command, path=Path.NEW, reported=reported, at=at, device=wire.link.device.id)
+        path = reported.path or Path.NEW
+        answer = Answer(command=command, path=path, reported=reported, at=at, device=wire.link.device.id)
         self.database.commands.answer([answer])
 
     def _tell_delta(self, device: str) -> None:
