@@ -5,6 +5,7 @@ from agent_world import NEW, OLD, World
 
 from fleetlift.core.orders import CommandsFlag, Flags, LinkFlag, TelemetryFlag
 from fleetlift.device.agent import AgentSettings
+from fleetlift.device.messages import TelemetryAcked
 
 ON_NEW = Flags(telemetry=TelemetryFlag.NEW, commands=CommandsFlag.NEW, link=LinkFlag.NEW)
 
@@ -67,6 +68,22 @@ def test_what_was_acknowledged_leaves_the_disk_once_the_side_was_seen_alive_afte
     w.produce(100)
     assert (w.agent.refused, w.agent.shed) == (0, 0)
     w.run(5)
+    assert not w.lost() and w.drained()
+
+
+def test_a_late_word_of_the_old_side_counts_no_message_twice() -> None:
+    """Sent to both, then asked of the new side alone: the old one may still acknowledge what is kept."""
+    w = World()
+    w.run(1)
+    w.move(Flags(telemetry=TelemetryFlag.NEW))
+    w.run(5)
+    drive(w, 1)
+    kept = tuple((entry.channel, entry.seq) for entry in w.disk.saved().outbox)
+    assert kept
+    assert w.agent.outbox_depth == 0
+    w.agent.on(TelemetryAcked(OLD, kept), w.now)
+    drive(w, 5)
+    assert w.agent.outbox_depth == 0
     assert not w.lost() and w.drained()
 
 

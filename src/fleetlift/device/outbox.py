@@ -136,7 +136,8 @@ class Outbox:
             self._partly += held.acked == 0
             held.acked |= bit
             self.acked_by[link.path] += 1
-            if held.acked & self._demand == self._demand:
+            # The old side may acknowledge late what nobody waits for any more, and what is kept already.
+            if held.acked & self._demand == self._demand and not held.kept:
                 if self._demand & _NEW and self._settings.keep_acked_s > 0:
                     held.kept = True
                     self._kept_count += 1
