@@ -12,7 +12,7 @@ from fleetlift.core.delays import bucket
 from fleetlift.core.figures import arm, spread
 from fleetlift.core.gates import Source, parse_gate, parse_query_gate
 from fleetlift.core.migration import Basis, Member, MemberState, MigrationState, Sample, WavePhase
-from fleetlift.core.orders import CommandsFlag, Flags, LinkFlag, TelemetryFlag
+from fleetlift.core.orders import PROBE_COMMAND, CommandsFlag, Flags, LinkFlag, TelemetryFlag
 from fleetlift.core.plan import Move, Rung
 from fleetlift.core.units import parse_share
 from fleetlift.migrate.measure import Measurer
@@ -495,6 +495,27 @@ async def test_on_the_last_rung_latency_is_compared_with_earlier_and_other_devic
     assert sample.old == pytest.approx(0.5, rel=0.11)
     agreement = await measure(measurer, "commands.agreement", state, Flags(commands=CommandsFlag.NEW))
     assert (agreement.value, agreement.n) == (100.0, 6)
+
+
+# -- the timeline ------------------------------------------------------------------------------------------
+
+
+async def test_the_timeline_shows_the_devices_of_the_migration(pool: Pool, measurer: Measurer) -> None:
+    """Messages a second and latencies, by path; those of other devices and probes are left out."""
+    for device in ("car-1", "car-2", "stranger"):
+        await delays(pool, device, "mqtt", 0.2, 100)
+        await delays(pool, device, "legacy", 0.2, 50)
+        await delays(pool, device, "other", 0.2, 900)
+    over = NOW - NOW % 10  # what was counted in the window before is all in the last ten seconds
+    assert await measurer.rates(["car-1", "car-2"], over) == (10.0, 20.0)
+    assert await measurer.rates([], over) == (0.0, 0.0)
+
+    await command(pool, 1, old="succeeded", new="succeeded", took=(0.5, 0.25))
+    await command(pool, 2, new="succeeded", took=(0.0, 9.0), device="stranger")
+    await command(pool, 3, new="succeeded", took=(0.0, 9.0), name=PROBE_COMMAND)
+    await command(pool, 4, new="expired", took=(0.0, 9.0))
+    found = await measurer.latencies(["car-1", "car-2"], NOW)
+    assert found == {"old": pytest.approx((0.5, 0.5)), "new": pytest.approx((0.25, 0.25))}
 
 
 # -- the others --------------------------------------------------------------------------------------------

@@ -248,6 +248,7 @@ class Measurer:
         return ""
 
     # -- for the timeline --------------------------------------------------------------------------------
+    # Of a whole fleet: joined, for a planner that is given the devices by `= ANY` looks at each of them.
 
     async def rates(self, devices: Sequence[str], now: float) -> tuple[float | None, float | None]:
         """Messages a second over the last ten seconds, by the old path and the new one."""
@@ -256,8 +257,8 @@ class Measurer:
         async with self._backend.acquire() as conn:
             rows = await conn.fetch(
                 "SELECT path, sum(CASE WHEN window_start >= $3 THEN messages ELSE messages * $4::float8 END) "
-                "/ 10.0 AS rate FROM receipt_window WHERE window_start >= $2 AND path = ANY($5::text[]) "
-                "AND device = ANY($1::text[]) GROUP BY path",
+                "/ 10.0 AS rate FROM receipt_window JOIN unnest($1::text[]) d(device) USING (device) "
+                "WHERE window_start >= $2 AND path = ANY($5::text[]) GROUP BY path",
                 devices,
                 moment(window - 10),
                 moment(window),
@@ -276,7 +277,8 @@ class Measurer:
                 "SELECT p.path, percentile_cont(ARRAY[0.5, 0.95]) WITHIN GROUP (ORDER BY "
                 "extract(epoch FROM p.ended_at - coalesce(p.sent_at, p.created_at))::float8) AS q "
                 "FROM command_path p JOIN command c ON c.id = p.command "
-                "WHERE p.ended_at >= $2 AND c.id >= $3 AND p.device = ANY($1::text[]) AND c.name <> $4 "
+                "JOIN unnest($1::text[]) d(device) ON d.device = p.device "
+                "WHERE p.ended_at >= $2 AND c.id >= $3 AND c.name <> $4 "
                 "AND p.status NOT IN ('expired', 'unreachable') GROUP BY p.path",
                 devices,
                 moment(now - 30),
