@@ -8,14 +8,16 @@ is measured.
 """
 
 import asyncio
+import contextlib
 import sys
 import time
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import asyncpg
 import msgspec
+import psutil
 
 from benchmarks.bench import Bench
 from benchmarks.figures import BenchFailed, Figure, Measured
@@ -41,7 +43,8 @@ from fleetlift.testing import running_backend
 DEVICES = 100_000
 EARLIER, WAVE = 25_000, 25_000  # moved by the waves before, and by the open one
 ARRIVING = 1_000  # of the wave: their evidence comes in with the rounds that are measured
-ROUNDS = 4
+ROUNDS = 5
+SENDING, COMING = 10, 100  # between two rounds each tenth device sends, each hundredth connects anew
 SPAN_S = 120  # for which the wave has been open
 COMMANDS = 10_000
 OLD = "legacy"
@@ -52,7 +55,7 @@ FIGURES = (
         unit="s",
         better="lower",
         target=2.0,
-        means="one round over 100,000 devices: observe, measure every gate anew, decide, commit; the slowest",
+        means="one round over 100,000 devices: observe, measure every gate anew, decide, commit; the median",
     ),
     Figure(
         name="evaluate_100k_mb",
@@ -89,11 +92,19 @@ steps:
 """
 
 
+class Spent(msgspec.Struct, kw_only=True):
+    """Seconds of a round or a part of it: by the clock, and of processors."""
+
+    wall: float = 0.0
+    controller: float = 0.0
+    postgres: float = 0.0
+
+
 class Said(msgspec.Struct, frozen=True, kw_only=True):
     """What the process found: each round's seconds by part, its peak memory, and what it decided."""
 
-    first: dict[str, float]
-    rounds: list[dict[str, float]]
+    first: dict[str, Spent]
+    rounds: list[dict[str, Spent]]
     peak_mb: float
     gates: list[str]
     moved: int
@@ -220,18 +231,38 @@ class _Bridge:
 
 
 class _Parts:
-    """Seconds of a round, by what it did."""
+    """Seconds of a round, by what it did; its parts follow one another."""
 
-    def __init__(self) -> None:
-        self.s: dict[str, float] = {}
+    def __init__(self, postmaster: int) -> None:
+        self.spent: dict[str, Spent] = {}
+        self._postmaster = psutil.Process(postmaster)
+
+    def _clocks(self) -> tuple[float, float, float]:
+        postgres = 0.0
+        for process in (self._postmaster, *self._postmaster.children()):
+            with contextlib.suppress(psutil.Error):
+                times = process.cpu_times()  # parallel workers that have ended are the postmaster's children
+                postgres += times.user + times.system + times.children_user + times.children_system
+        return time.perf_counter(), time.process_time(), postgres
+
+    @contextlib.contextmanager
+    def measured(self, name: str) -> Iterator[None]:
+        before = self._clocks()
+        try:
+            yield
+        finally:
+            wall, controller, postgres = (
+                now - then for now, then in zip(self._clocks(), before, strict=True)
+            )
+            spent = self.spent.setdefault(name, Spent())
+            spent.wall += wall
+            spent.controller += controller
+            spent.postgres += postgres
 
     def timed(self, name: str, work: Callable[..., Awaitable[Any]]) -> Callable[..., Awaitable[Any]]:
         async def call(*args: Any, **given: Any) -> Any:
-            began = time.perf_counter()
-            try:
+            with self.measured(name):
                 return await work(*args, **given)
-            finally:
-                self.s[name] = self.s.get(name, 0.0) + time.perf_counter() - began
 
         return call
 
@@ -246,12 +277,11 @@ async def controller(directory: Path, now: float) -> Said:
         {m.device: report_of(m, rungs) for m in state.members.values() if m.state is MemberState.MOVED},
     )
     del state, fleet
-    parts, decided = _Parts(), list[Decision]()
+    parts, decided = _Parts(postmaster_of(settings.path)), list[Decision]()
 
     def deciding(*given: Any) -> Decision:
-        began = time.perf_counter()
-        decided[:] = [decide(*given)]
-        parts.s["decide"] = time.perf_counter() - began
+        with parts.measured("decide"):
+            decided[:] = [decide(*given)]
         return decided[0]
 
     async with open_context(settings, name="controller") as ctx:
@@ -298,18 +328,19 @@ async def controller(directory: Path, now: float) -> Said:
         )
         del stored
 
-        async def one_round() -> dict[str, float]:
-            parts.s.clear()
+        async def one_round() -> dict[str, Spent]:
+            parts.spent.clear()
             measures._cached = None  # every gate is measured anew
-            began = time.perf_counter()
-            await runner.round(time.time())
-            return {"all": time.perf_counter() - began, **parts.s}
+            with parts.measured("all"):
+                await runner.round(time.time())
+            return dict(parts.spent)
 
         first = await one_round()
         rounds = []
         for n in range(ROUNDS):
             some = late[n * len(late) // ROUNDS : (n + 1) * len(late) // ROUNDS]
             await arrive(ctx.pool, [(m.device, report_of(m, rungs)) for m in some])
+            await live(ctx.pool, n)
             rounds.append(await one_round())
         moved = sum(m.state is MemberState.MOVED for m in decided[0].state.members.values())
         gates = [f"{gate.gate}: {gate.verdict.value} ({gate.why})" for gate in decided[0].gates]
@@ -327,6 +358,31 @@ async def arrive(pool: Any, reports: list[tuple[str, DeviceReport]]) -> None:
            ON CONFLICT (device, name) DO UPDATE SET reported = excluded.reported""",
         [device for device, _ in reports],
         [msgspec.json.encode(report).decode() for _, report in reports],
+    )
+
+
+async def live(pool: Any, n: int) -> None:
+    """What devices leave between two rounds: some send on both channels by both paths, some connect anew."""
+    await pool.execute(
+        """UPDATE ledger SET last_at = now(), received = received + 1,
+                  ranges = ranges + int8multirange(int8range(upper(ranges), upper(ranges) + 1))
+           WHERE substr(device, 5)::int % $1 = $2""",
+        SENDING,
+        n % SENDING,
+    )
+    await pool.execute(
+        """INSERT INTO receipt_window (device, path, window_start, messages, delay_counts)
+           SELECT id, p, to_timestamp(floor(extract(epoch FROM now()) / 10) * 10), 2,
+                  array_fill(0, ARRAY[20]) || ARRAY[2]
+           FROM device, unnest($3::text[]) p WHERE substr(id, 5)::int % $1 = $2
+           ON CONFLICT (window_start, path, device) DO UPDATE SET
+                  messages = receipt_window.messages + excluded.messages""",
+        SENDING,
+        n % SENDING,
+        ["mqtt", OLD],
+    )
+    await pool.execute(
+        "UPDATE presence SET since = now() WHERE substr(device, 5)::int % $1 = $2", COMING, n % COMING
     )
 
 
@@ -352,7 +408,7 @@ async def run(bench: Bench) -> list[Measured]:
         )
         profile: Profile
         async with bench.profiled(
-            "five rounds over 100,000 devices", {"serve": backend.pid, "controller": process.pid}
+            "six rounds over 100,000 devices", {"serve": backend.pid, "controller": process.pid}
         ) as profile:
             text, _ = await process.communicate()
     if process.returncode != 0:
@@ -363,22 +419,31 @@ async def run(bench: Bench) -> list[Measured]:
     unmeasured = [gate for gate in said.gates if "no data" in gate]
     if unmeasured:
         raise BenchFailed(f"not measured: {'; '.join(unmeasured)}")
-    slowest = max(said.rounds, key=lambda one: one["all"])
+    median = sorted(said.rounds, key=lambda one: one["all"].wall)[len(said.rounds) // 2]
     busy = "" if profile.others_cores <= 0.5 else f"others used {profile.others_cores:.1f} cores"
     notes = (
-        f"the slowest of {ROUNDS} rounds: {_told(slowest)}",
+        f"the median of {ROUNDS} rounds: {_told(median)}",
         f"the first round after a start, with journal, registry and routes of all: {_told(said.first)}",
         *said.gates,
     )
     return [
-        Measured(name="evaluate_100k_s", value=slowest["all"], invalid=busy, notes=notes),
+        Measured(name="evaluate_100k_s", value=median["all"].wall, invalid=busy, notes=notes),
         Measured(name="evaluate_100k_mb", value=said.peak_mb),
     ]
 
 
-def _told(one: dict[str, float]) -> str:
-    parts = ", ".join(f"{name} {s:.2f}" for name, s in one.items() if name != "all" and s >= 0.005)
-    return f"{one['all']:.2f} s ({parts})"
+def _told(one: dict[str, Spent]) -> str:
+    """Wall seconds, and in brackets CPU seconds of controller and PostgreSQL."""
+    return ", ".join(
+        f"{name} {s.wall:.2f} s ({s.controller:.2f} + {s.postgres:.2f} s CPU)"
+        for name, s in sorted(one.items(), key=lambda item: -item[1].wall)
+        if s.wall >= 0.005
+    )
+
+
+def postmaster_of(directory: Path) -> int:
+    """The process of the embedded PostgreSQL: its backends are its children."""
+    return int((directory / "postgresql" / "data" / "postmaster.pid").read_text().split()[0])
 
 
 if __name__ == "__main__":
