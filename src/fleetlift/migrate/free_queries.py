@@ -1,13 +1,15 @@
 """Gates on a free query: one number, from SQL or a Prometheus server; no value where there is none."""
 
 import asyncio
+import contextlib
+from collections.abc import AsyncIterator
 
 import asyncpg
 import msgspec
 
 from fleetlift.core.migration import Sample
 from fleetlift.migrate.wave import summary
-from fleetlift.store.pool import Pool
+from fleetlift.store.pool import Conn, Pool
 
 QUERY_TIMEOUT_S = 3.0
 GATE_ROLE = "fleetlift_gates"  # made by store/migrations/0004_gate_role.sql
@@ -33,7 +35,7 @@ async def free_sql(pool: Pool, query: str) -> Sample:
     try:
         async with (
             asyncio.timeout(QUERY_TIMEOUT_S + 1),
-            pool.acquire() as conn,
+            _lent(pool) as conn,
             conn.transaction(readonly=True),
         ):
             if not await conn.fetchval(_GATE_ROLE_IS_SAFE, GATE_ROLE):
@@ -53,6 +55,18 @@ async def free_sql(pool: Pool, query: str) -> Sample:
     if len(rows) != 1 or len(rows[0]) != 1:
         return Sample(value=None, evidence=summary("the query must return one row with one number"))
     return number(rows[0][0])
+
+
+@contextlib.asynccontextmanager
+async def _lent(pool: Pool) -> AsyncIterator[Conn]:
+    """A connection that keeps nothing of what a query has left on it, such as a lock or a setting."""
+    async with pool.acquire() as conn:
+        try:
+            yield conn
+        except BaseException:
+            conn.terminate()
+            raise
+        await conn.reset()
 
 
 def _why(error: Exception) -> str:
