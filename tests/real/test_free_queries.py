@@ -132,10 +132,10 @@ async def test_a_prometheus_server_that_never_ends_is_no_data(
         server.close()
 
 
-async def test_a_query_leaves_nothing_on_the_connection(pool: Pool) -> None:
+@pytest.mark.parametrize("number", ["max(pg_backend_pid())", "count(*) / 0"])
+async def test_a_query_leaves_nothing_on_the_connection(pool: Pool, number: str) -> None:
     """Whoever borrows the connection next finds no lock that it did not take, also after a failure."""
-    lock = "SELECT {} FROM (SELECT pg_advisory_lock(4711)) l"
-    await asked(pool, lock.format("count(*)"))
-    await asked(pool, lock.format("count(*) / 0"))
+    query = f"SELECT {number} FROM (SELECT pg_advisory_lock(4711) OFFSET 0) l"
+    await asked(pool, query)
     left = "SELECT count(*) FROM pg_locks WHERE locktype = 'advisory' AND objid = 4711"
     assert await pool.fetchval(left) == 0
