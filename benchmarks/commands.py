@@ -1,7 +1,7 @@
 """How many commands a second go from an HTTP request to their final state, and how long the latest take.
 
 One request a command (`POST /api/v1/devices/{id}/commands`), by 32 kept connections to the one API process;
-each device gets its command by MQTT and answers `SUCCEEDED` with QoS 1; the command has come to its end when the
+each device gets its command by MQTT and answers `SUCCEEDED`, QoS 1; the command has come to its end when the
 backend tells the device that its answer is accepted, which it does once that is committed. The model is open:
 latency counts from the moment at which the request was meant to be made.
 """
