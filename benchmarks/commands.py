@@ -17,6 +17,7 @@ from benchmarks.clients import Device, Load, OpenModel, child, connected, genera
 from benchmarks.figures import BenchFailed, Figure, Measured
 from benchmarks.ingest import register, too_busy
 from benchmarks.ladder import highest
+from benchmarks.limits import orders_per_s
 from benchmarks.processes import Profile
 from fleetlift.core import mqtt
 from fleetlift.testing import running_backend
@@ -35,6 +36,7 @@ FIGURES = (
         better="higher",
         target=TARGET,
         means="single commands by HTTP, each executed and answered, for 30 s with a p99 below 0.5 s",
+        limit="PostgreSQL alone inserting a row and bringing it to its end, 50 a transaction, one connection",
     ),
     Figure(
         name="commands_p99_s",
@@ -42,6 +44,7 @@ FIGURES = (
         better="lower",
         target=P99_MAX_S,
         means="from the intended request to the final state stored, at that rate",
+        limit="the p99 of one such row inserted and brought to its end alone, in two transactions",
     ),
 )
 
@@ -206,6 +209,8 @@ async def run(bench: Bench) -> list[Measured]:
             rate, proof, tried = await highest(
                 RATES, TARGET, trial, short_s=bench.seconds(8.0, 4.0), long_s=bench.seconds(SUSTAINED_S)
             )
+            bench.progress("the same rows by PostgreSQL alone")
+            alone, alone_s = await orders_per_s(connection, '{"door":1}')
         finally:
             await connection.close()
     bench.profiles.append(proof.profile)
@@ -220,8 +225,8 @@ async def run(bench: Bench) -> list[Measured]:
     )
     invalid = proof.problem or load.late or too_busy(proof.profile)
     return [
-        Measured(name="commands_s", value=rate, invalid=invalid, notes=notes),
-        Measured(name="commands_p99_s", value=load.p99_s, invalid=invalid),
+        Measured(name="commands_s", value=rate, limit=alone, invalid=invalid, notes=notes),
+        Measured(name="commands_p99_s", value=load.p99_s, limit=alone_s, invalid=invalid),
     ]
 
 
