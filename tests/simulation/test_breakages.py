@@ -14,7 +14,7 @@ FROM = {
     "excluded-forgotten": 30,
     "feed-position-first": 17,
     "rows-after-position": 26,
-    "stragglers-forgotten": 55,
+    "stragglers-forgotten": 390,
 }
 WITHIN = 80  # seeds
 

@@ -495,7 +495,6 @@ class LegacyServer:
         link.send(await self._ask(partial(read, asked)))
 
     async def _feed(self, link: "_Link", request: int, after: int) -> None:
-        first = await self._ask(self._storage.read_first_position)
         last = self._storage.last_position
         if after == wire.FEED_FROM_NOW:
             after = last
@@ -504,16 +503,18 @@ class LegacyServer:
             why = f"the feed ends at {last}, so {after} is of another data directory: start again from 0"
             link.send(wire.Error(request, wire.ErrorCode.POSITION_GONE, why))
             return
-        if 0 < after < first - 1:
-            why = f"what followed {after} is no longer kept: start again from {first - 1}, or from 0"
-            link.send(wire.Error(request, wire.ErrorCode.POSITION_GONE, why))
-            return
         wake = asyncio.Event()
         self._feeds.add(wake)
         try:
             while not link.closed:
                 wake.clear()
-                frame, after = await self._ask(partial(self._storage.read_feed, request, after))
+                try:
+                    frame, after = await self._ask(partial(self._storage.read_feed, request, after))
+                except store.Forgotten as gone:
+                    left = gone.first - 1
+                    why = f"what followed {after} is no longer kept: start again from {left}, or from 0"
+                    link.send(wire.Error(request, wire.ErrorCode.POSITION_GONE, why))
+                    return
                 link.write(frame or wire.encode(wire.FeedBatch(request, after)))
                 # Not read by the owner: nothing more is fetched until it is.
                 if not await link.writable(OWNER_UNREAD_FOR_S):

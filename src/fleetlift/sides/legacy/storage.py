@@ -92,6 +92,14 @@ def json_object(text: bytes, what: str) -> dict[str, Any]:
     return value
 
 
+class Forgotten(Exception):
+    """What follows a position of the feed is no longer kept; `first` is the oldest position that is."""
+
+    def __init__(self, first: int) -> None:
+        super().__init__(first)
+        self.first = first
+
+
 class Storage:
     """Queries of the legacy server. `apply` is called by one thread, the `read_…` methods by another."""
 
@@ -329,7 +337,21 @@ class Storage:
         return dict(self._read.execute("SELECT id, key_hash FROM device"))
 
     def read_feed(self, request: int, after: int) -> tuple[bytes, int]:
-        """One FEED_BATCH frame of what follows `after`, and its last position; (b"", after): nothing."""
+        """One FEED_BATCH frame of what follows `after`, and its last position; (b"", after): nothing.
+
+        Raises Forgotten when what follows is no longer kept: positions have no gaps, so one that is left out
+        was there once.
+        """
+        self._read.execute("BEGIN")  # one moment for both questions: forgetting goes on meanwhile
+        try:
+            first = self.read_first_position()
+            if 0 < after < first - 1:
+                raise Forgotten(first)
+            return self._read_feed(request, after)
+        finally:
+            self._read.execute("COMMIT")
+
+    def _read_feed(self, request: int, after: int) -> tuple[bytes, int]:
         items: list[wire.Item] = []
         size = 0
         cursor = self._read.execute(
@@ -351,7 +373,10 @@ class Storage:
     def read_first_position(self) -> int:
         """The oldest position that is still kept (or the next one to be given out)."""
         row = self._read.execute("SELECT min(position) FROM event").fetchone()
-        return int(row[0]) if row[0] is not None else self.last_position + 1
+        if row[0] is not None:
+            return int(row[0])
+        given = self._read.execute("SELECT seq FROM sqlite_sequence WHERE name = 'event'").fetchone()
+        return int(given[0]) + 1 if given else 1
 
     def read_devices(self, asked: wire.ListDevices) -> wire.DeviceList:
         limit = max(1, min(asked.limit, 1000))
