@@ -95,8 +95,9 @@ class Trial(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def problem(self) -> str:
-        if self.load.trouble:
-            return self.load.trouble
+        # A rate that the generator itself cannot keep shows nothing: the search goes below it.
+        if self.load.trouble or self.load.late:
+            return self.load.trouble or self.load.late
         return f"p99 {self.p99_s:.2f} s" if self.p99_s > P99_MAX_S else ""
 
 
