@@ -188,3 +188,6 @@ async def test_rules_are_taken_up_while_the_reader_runs(ctx: Context) -> None:
             await caught_up(ctx)
             n += 1
         assert (await channel(ctx)).account.differing == 0
+        async with ctx.pool.acquire() as conn:
+            await store.keep_rules(conn, ["another"])
+            assert await store.all_rules(conn) == {}

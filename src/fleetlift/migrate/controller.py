@@ -191,6 +191,7 @@ class Controller:
         self._key = engine_key(ctx.settings.path)
         self._bridges: dict[str, tuple[Bridge, asyncio.Task[None] | None]] = {}
         self._running: dict[str, tuple[Bridge, Runner, asyncio.Task[None]]] = {}
+        self._unreleased: frozenset[str] | None = None  # whose rules the telemetry reader has
         self._rules: dict[str, tuple[Rule, ...]] = {}  # of parity, as the telemetry reader was told
         self._wake: dict[str, asyncio.Event] = {}
 
@@ -214,7 +215,7 @@ class Controller:
                                 broken.add(name)
                 for name in [n for n in self._running if n not in wanted]:
                     await self._stop(name)
-                await self._tell_rules()
+                await self._tell_rules(frozenset(wanted))
                 await self._tend_bridges()
                 await asyncio.sleep(ROUND_EVERY_S)
             log.warning("controller_lost_lock")
@@ -289,8 +290,17 @@ class Controller:
             ca_pem=ca.read_text() if ca is not None and ca.is_file() else None,
         )
 
-    async def _tell_rules(self) -> None:
+    async def _tell_rules(self, unreleased: frozenset[str]) -> None:
         """Let the telemetry reader know what plans allow to differ, when it has changed."""
+        if self._unreleased != unreleased:
+            try:
+                async with self._ctx.pool.acquire() as conn:
+                    await parity.keep_rules(conn, list(unreleased))
+            except GONE as error:
+                log.warning("rules_not_dropped", reason=str(error))
+            else:
+                self._unreleased = unreleased
+                self._rules = {name: rules for name, rules in self._rules.items() if name in unreleased}
         for name, (bridge, runner, _) in self._running.items():
             rules = runner.plan.parity
             if self._rules.get(name) != rules:
@@ -305,7 +315,6 @@ class Controller:
     async def _stop(self, name: str) -> None:
         bridge, _, task = self._running.pop(name)
         self._wake.pop(name, None)
-        self._rules.pop(name, None)
         await end([task])
         bridge.migrations.pop(name, None)
 

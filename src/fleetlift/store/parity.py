@@ -168,8 +168,9 @@ async def old_path_of(conn: Conn, migration: str) -> str | None:
     return found
 
 
-async def drop_rules(conn: Conn, migration: str) -> None:
-    await conn.execute("DELETE FROM parity_rules WHERE migration = $1", migration)
+async def keep_rules(conn: Conn, migrations: Sequence[str]) -> None:
+    """Forget the rules of all other migrations: what a released plan allowed is allowed no more."""
+    await conn.execute("DELETE FROM parity_rules WHERE migration <> ALL($1::text[])", migrations)
 
 
 async def all_rules(conn: Conn) -> dict[str, Rules]:
