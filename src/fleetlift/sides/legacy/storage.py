@@ -111,7 +111,7 @@ class Storage:
         self._write.executescript(_SCHEMA.read_text())
         self._read = _connect(path)
         self._read.execute("PRAGMA query_only = ON")
-        self.last_position = self._position()
+        self.last_position = _last_given(self._write)
 
     def close(self) -> None:
         self._read.close()
@@ -131,7 +131,7 @@ class Storage:
                 return [self.apply([work])[0] for work in batch]
             log.error("legacy_write_failed", error=str(exc))
             return [Unavailable(f"the legacy server could not store it ({exc}); try again")]
-        self.last_position = self._position()
+        self.last_position = _last_given(self._write)
         return results
 
     def _transaction(self, batch: Sequence[Work]) -> list[object]:
@@ -144,10 +144,6 @@ class Storage:
                 self._write.execute("ROLLBACK")
             raise
         return results
-
-    def _position(self) -> int:
-        row = self._write.execute("SELECT seq FROM sqlite_sequence WHERE name = 'event'").fetchone()
-        return int(row[0]) if row else 0
 
     # ---- works: called within `apply` ----------------------------------------------------------------
 
@@ -375,8 +371,7 @@ class Storage:
         row = self._read.execute("SELECT min(position) FROM event").fetchone()
         if row[0] is not None:
             return int(row[0])
-        given = self._read.execute("SELECT seq FROM sqlite_sequence WHERE name = 'event'").fetchone()
-        return int(given[0]) + 1 if given else 1
+        return _last_given(self._read) + 1
 
     def read_devices(self, asked: wire.ListDevices) -> wire.DeviceList:
         limit = max(1, min(asked.limit, 1000))
@@ -421,6 +416,12 @@ class Storage:
             for device, session, id_, name, mode, expires_at_ms, params in rows
         ]
         return due, late is not None
+
+
+def _last_given(connection: sqlite3.Connection) -> int:
+    """The newest position that was given out, as this connection sees it; 0: none yet."""
+    row = connection.execute("SELECT seq FROM sqlite_sequence WHERE name = 'event'").fetchone()
+    return int(row[0]) if row else 0
 
 
 def _connect(path: Path) -> sqlite3.Connection:
