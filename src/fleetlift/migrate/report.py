@@ -378,6 +378,7 @@ async def read_report(engine: Pool, backend: Pool, name: str, figures: Sequence[
     row = await engine.fetchrow("SELECT * FROM engine.migration WHERE name = $1", name)
     if row is None:
         raise NotFound(f"there is no migration {name!r}; `fleetlift migrate list` shows those there are")
+    plan = parse_plan(row["plan"])
     samples = await engine.fetch("SELECT at, data FROM engine.sample WHERE migration = $1 ORDER BY at", name)
     audit = await engine.fetch(
         "SELECT at, actor, kind, text, evidence, hash FROM engine.audit WHERE migration = $1 ORDER BY id",
@@ -392,7 +393,7 @@ async def read_report(engine: Pool, backend: Pool, name: str, figures: Sequence[
     async with backend.acquire() as conn:
         totals = await ledger.totals(conn, devices=devices)
         accounts = await ledger.by_device(conn, devices)
-        compared = await read_parity(conn, parse_plan(row["plan"]), name, devices)
+        compared = await read_parity(conn, plan, name, devices)
     return ReportData(
         name=name,
         tenant=row["tenant"],
@@ -436,7 +437,7 @@ async def read_report(engine: Pool, backend: Pool, name: str, figures: Sequence[
         ],
         figures=figures,
         parity=compared,
-        rungs=tuple(rung.name for rung in ladder(parse_plan(row["plan"]))),
+        rungs=tuple(rung.name for rung in ladder(plan)),
     )
 
 

@@ -24,7 +24,6 @@ from fleetlift.simulate.network import Wire
 from fleetlift.store.commands import Answer
 
 SWEEP_S = 1.0
-STORE_S = 0.005  # how long the log takes to store a message
 LINGER_S = 0.2  # how long a worker lets a batch grow
 COMMIT_S = 0.06  # and how long its transaction takes
 BATCH_MAX = 4000
