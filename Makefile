@@ -4,10 +4,10 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.made
 
-.PHONY: help setup demo test check simulate soak fuzz bench bench-compare format docs lock clean
+.PHONY: help setup demo demo-tenant test check simulate soak fuzz bench bench-compare format docs lock clean
 
 help:            ## list the commands
-	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 15
 
 setup: $(STAMP)  ## make .venv with everything in it
 
@@ -22,8 +22,13 @@ $(STAMP): requirements.lock pyproject.toml
 demo: $(STAMP)   ## the main job, end to end, with recorded real vehicles
 	@$(BIN)/fleetlift demo $(ARGS)
 
+demo-tenant: $(STAMP) ## one tenant leaves a shared database and cloud, end to end
+	@scripts/debian_packages.sh knot
+	@$(BIN)/fleetlift demo-tenant $(ARGS)
+
 test: $(STAMP)   ## lint, types, import rules and all tests
 	@$(MAKE) --no-print-directory check
+	@scripts/debian_packages.sh knot bind9
 	@$(BIN)/pytest -n 2 --dist worksteal $(ARGS)
 
 check: $(STAMP)  ## format, lint, types, import rules (changes nothing)

@@ -180,8 +180,9 @@ class Supervised:
                 return ""
             else:
                 with contextlib.suppress(OSError, FleetError, asyncio.TimeoutError):
-                    if await asyncio.wait_for(self._check(), timeout=5.0):
-                        return ""
+                    async with asyncio.timeout(5.0):
+                        if await self._check():
+                            return ""
             if time.monotonic() > deadline:
                 self._signal(process, signal.SIGKILL)
                 await _gone(process, 10.0)
@@ -366,7 +367,8 @@ async def _exit_status(process: subprocess.Popen[bytes]) -> int:
 
 async def _gone(process: subprocess.Popen[bytes], within_s: float) -> bool:
     try:
-        await asyncio.wait_for(_exit_status(process), within_s)
+        async with asyncio.timeout(within_s):
+            await _exit_status(process)
     except TimeoutError:
         return False
     return True

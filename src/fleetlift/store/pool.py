@@ -61,7 +61,8 @@ async def open_pool(url: str, *, name: str, size: int = 10, wait_s: float = 30.0
         yield pool
     finally:
         try:
-            await asyncio.wait_for(pool.close(), 5.0)
+            async with asyncio.timeout(5.0):
+                await pool.close()
         except TimeoutError:
             pool.terminate()
 
@@ -95,5 +96,6 @@ async def sole_owner(
                 return
         finally:
             with contextlib.suppress(Exception):
-                await asyncio.wait_for(connection.close(), 2.0)
+                async with asyncio.timeout(2.0):
+                    await connection.close()
         await asyncio.sleep(retry_s)

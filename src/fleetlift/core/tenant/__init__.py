@@ -1,0 +1,1 @@
+"""What a move of one tenant decides, without I/O: schema, closure, plan, steps."""
