@@ -75,7 +75,7 @@ def test_mistakes_are_refused_with_what_was_expected(text: str, says: str) -> No
 
 def test_a_gates_text_reads_back_as_the_same_gate() -> None:
     for name, metric in METRICS.items():
-        limit = {"%": "99.5%", "s": "250ms", "": "3"}[metric.unit]
+        limit = {"%": "99.5%", "s": "250ms", "/s": "9900/s", "": "3"}[metric.unit]
         gate = parse_gate(f"{name} {'>=' if metric.better == 'higher' else '<='} {limit}")
         assert parse_gate(gate.text) == gate
 
@@ -159,7 +159,7 @@ SAMPLES_OF_NOTHING = [
 @pytest.mark.parametrize("name", list(METRICS))
 def test_missing_data_never_advances(name: str, sample: Sample | None) -> None:
     metric = METRICS[name]
-    limit = {"%": "1%", "s": "100h", "": "1000000"}[metric.unit]
+    limit = {"%": "1%", "s": "100h", "/s": "0.001/s", "": "1000000"}[metric.unit]
     result = judge(parse_gate(f"{name} {'>=' if metric.better == 'higher' else '<='} {limit}"), sample)
     assert result.verdict is HOLD and result.missing
 
@@ -205,7 +205,7 @@ def test_an_advance_always_rests_on_a_measurement_within_its_limit(
 ) -> None:
     metric = METRICS[name]
     op = ">=" if metric.better == "higher" else "<="
-    limits = [{"%": "95%", "s": "250ms", "": "3"}[metric.unit]]
+    limits = [{"%": "95%", "s": "250ms", "/s": "9900/s", "": "3"}[metric.unit]]
     if metric.has_old:
         limits += ["1.2 x old", f"1.2 x old or {limits[0]}"]
     for limit in limits:
@@ -232,7 +232,9 @@ def test_a_verdict_can_be_computed_again_from_its_stored_sample(
 ) -> None:
     """What the audit log keeps is enough: judging the sample that a result carries gives that result."""
     metric = METRICS[name]
-    limit = {"%": "95%", "s": "250ms", "": "3"}[metric.unit] + (" or 1.2 x old" if metric.has_old else "")
+    limit = {"%": "95%", "s": "250ms", "/s": "9900/s", "": "3"}[metric.unit] + (
+        " or 1.2 x old" if metric.has_old else ""
+    )
     gate = parse_gate(f"{name} {'>=' if metric.better == 'higher' else '<='} {limit}")
     sample = Sample(value=value, n=n, old=old, old_n=old_n, evidence=evidence)
     for measured in (sample, None):
@@ -333,7 +335,7 @@ def test_a_sure_verdict_too_can_be_computed_again(
 
 def test_the_page_on_gates_lists_every_metric_as_the_code_has_it() -> None:
     page = (Path(__file__).parents[2] / "docs" / "gates.md").read_text()
-    units = {"%": "%", "s": "duration", "": "count"}
+    units = {"%": "%", "s": "duration", "/s": "rate", "": "count"}
     rows = [
         f"| `{m.name}` | {m.better} | {units[m.unit]} | {m.at_least} {m.counts} | {m.meaning} "
         f"| {'sampled' if m.sampled else 'counted'} | {'yes' if m.has_old else ''} |"

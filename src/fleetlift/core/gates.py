@@ -98,7 +98,12 @@ _GATE = re.compile(r"\s*([A-Za-z][\w.\-]*)\s*(<=|>=|==|<|>|=|!=)\s*(.+?)\s*", re
 _MUST = re.compile(r"\s*(<=|>=|==|<|>|=|!=)\s*(.+?)\s*", re.ASCII | re.DOTALL)
 _RATIO = re.compile(r"([0-9]{1,6}(?:\.[0-9]{1,6})?)\s*(?:x|×|\*)\s*(?:old|control)", re.ASCII)
 _BESIDE = re.compile(r"(?:old|control)(?:\s*([+-])\s*(.+))?", re.ASCII | re.DOTALL)
-_UNITS: Final = {"%": "a percentage such as 99.9%", "s": "a duration such as 250ms", "": "a plain number"}
+_UNITS: Final = {
+    "%": "a percentage such as 99.9%",
+    "s": "a duration such as 250ms",
+    "/s": "a rate such as 9900/s",
+    "": "a plain number",
+}
 
 
 def parse_gate(text: str, *, at_least: int | None = None) -> Gate:

@@ -24,7 +24,7 @@ class Metric(msgspec.Struct, frozen=True, kw_only=True):
 
     name: str
     meaning: str
-    unit: str  # "%", "s" or "" (a count)
+    unit: str  # "%", "s", "/s" or "" (a count)
     better: Better
     at_least: int
     counts: str  # what n counts
@@ -115,4 +115,45 @@ METRICS: Final = _metrics(
         *("moves.success", "%", _UP, 1, "told devices", _COUNTED, False),
         "of the devices told to move that could be reached, the share that moved and stayed",
     ),
+    (
+        *("load.errors", "", _DOWN, 1, "messages offered", _COUNTED, False),
+        "messages of a load test that the target refused, or that never reached it",
+    ),
+    (
+        "load.latency.p50",
+        "s",
+        _DOWN,
+        100,
+        "messages accepted",
+        _COUNTED,
+        False,
+        "half were acknowledged sooner",
+    ),
+    (
+        "load.latency.p95",
+        "s",
+        _DOWN,
+        100,
+        "messages accepted",
+        _COUNTED,
+        False,
+        "95 of 100 were acknowledged sooner",
+    ),
+    (
+        *("load.latency.p99", "s", _DOWN, 100, "messages accepted", _COUNTED, False),
+        "99 of 100 were acknowledged sooner after the moment they were meant to be sent",
+    ),
+    (
+        *("load.latency.max", "s", _DOWN, 100, "messages accepted", _COUNTED, False),
+        "the longest time that any message took to be acknowledged",
+    ),
+    (
+        *("load.lost", "", _DOWN, 1, "messages accepted", _COUNTED, False),
+        "messages that the target acknowledged and does not have",
+    ),
+    (
+        *("load.rate", "/s", _UP, 1, "messages accepted", _COUNTED, False),
+        "messages acknowledged a second, until the last one was",
+    ),
 )
+OF_LOAD: Final = "load."  # metrics that begin so are of a load test, not of a fleet

@@ -18,6 +18,7 @@ _PART = re.compile(rf"({_NUMBER})\s*(ms|min|s|m|h|d|w)")
 _DURATION = re.compile(rf"{_PART.pattern}(?:\s*{_PART.pattern})*", re.ASCII)
 _PERCENT = re.compile(rf"({_NUMBER})\s*%", re.ASCII)
 _DEVICES = re.compile(r"([0-9]{1,9})\s+devices?", re.ASCII)
+_RATE = re.compile(rf"({_NUMBER})\s*/\s*(s|min|m|h|d)", re.ASCII)
 _PLAIN = re.compile(rf"-?{_NUMBER}(?:e-?[0-9]{{1,2}})?", re.ASCII)
 _LONGEST_S: Final = 10 * 365 * 86400.0
 
@@ -70,6 +71,18 @@ def format_some(names: Sequence[str], most: int) -> str:
     return ", ".join(names[:most]) + (" …" if len(names) > most else "")
 
 
+RATE_EXPECTED: Final = "a rate such as 10000/s, 30/m or 6/h"
+
+
+def parse_rate(text: str) -> float:
+    """A second, of `10000/s`, `30/m`, `6/h`, `1/d`. Raises BadInput."""
+    text = text.strip()
+    if not (match := _RATE.fullmatch(text)):
+        hint = f"; a number needs its time, as in {text}/s" if _PLAIN.fullmatch(text) else ""
+        raise BadInput(f"{text!r} is not {RATE_EXPECTED}{hint}")
+    return float(match[1]) / _SECONDS[match[2]]
+
+
 class Share(msgspec.Struct, frozen=True, kw_only=True):
     """A share of a fleet: so many devices, or so much per cent; exactly one of the two is set."""
 
@@ -109,7 +122,7 @@ def parse_share(text: str) -> Share:
 
 
 class Quantity(msgspec.Struct, frozen=True, kw_only=True):
-    """A number with its unit: `%` (percent), `s` (seconds) or none."""
+    """A number with its unit: `%` (percent), `s` (seconds), `/s` (a second) or none."""
 
     value: float
     unit: str = ""
@@ -119,7 +132,7 @@ class Quantity(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def parse_quantity(text: str) -> Quantity:
-    """`99.9%`, `250ms`, `1.5`, `0`. Raises BadInput."""
+    """`99.9%`, `250ms`, `9900/s`, `1.5`, `0`. Raises BadInput."""
     text = text.strip()
     if match := _PERCENT.fullmatch(text):
         return Quantity(value=float(match[1]), unit="%")
@@ -127,6 +140,8 @@ def parse_quantity(text: str) -> Quantity:
         return Quantity(value=float(text))
     if _DURATION.fullmatch(text):
         return Quantity(value=parse_duration(text), unit="s")
+    if _RATE.fullmatch(text):
+        return Quantity(value=parse_rate(text), unit="/s")
     raise BadInput(f"{text!r} is not a number with a unit such as 99.9%, 250ms, 2s or 0")
 
 
