@@ -13,14 +13,16 @@ import httpx
 import pytest
 import pytest_asyncio
 
+from fleetlift import yamlfile
 from fleetlift.api.app import BODY_BYTES_MAX
 from fleetlift.api.migrations import PLAN_CHARS_MAX, STREAMS_MAX, WAIT_S_MAX
 from fleetlift.backend import registry
 from fleetlift.bus.embedded import MAX_PAYLOAD, SUBSCRIPTIONS_MAX
-from fleetlift.core import command, legacy, mqtt, telemetry, where
+from fleetlift.core import command, legacy, mqtt, relaying, telemetry, where, workload
 from fleetlift.core.shadow import DEFAULT as SHADOW
-from fleetlift.migrate import planfile
+from fleetlift.migrate import tenant_check
 from fleetlift.store.paging import MAX_LIMIT
+from fleetlift.tenant import follow, verify
 from fleetlift.testing import RunningBackend
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
@@ -215,7 +217,7 @@ async def test_the_page_tells_the_limits_that_the_code_has() -> None:
         f"{command.PARAMS_BYTES_MAX // kib} KiB",
         f"{command.PARAMS_DEPTH_MAX} levels",
         f"{int(command.EXPIRES_IN_S_MAX // 86_400)} days",
-        f"{planfile.MAX_BYTES // kib} KiB",
+        f"{yamlfile.MAX_BYTES // kib} KiB",
         f"{telemetry.MAX_BODY_BYTES // kib} KiB",
         f"{telemetry.MAX_NESTING} levels",
         f"{telemetry.MAX_CHANNEL_CHARS} characters",
@@ -224,6 +226,12 @@ async def test_the_page_tells_the_limits_that_the_code_has() -> None:
         f"{legacy.MAX_BODY_BYTES // kib // kib} MiB",
         f"{legacy.MAX_DOCUMENT_BYTES // kib} KiB",
         f"{STREAMS_MAX} streams",
+        f"{tenant_check.FILES_MAX}, of {tenant_check.FILE_CHARS_MAX // kib} KiB each",
+        f"{follow.SPOOL_BYTES_MAX // kib**3} GiB on the mover's disk",
+        f"{follow.TOUCHED_MAX:,}",
+        f"{verify.MAX_FINDINGS:,} are listed",
+        f"{relaying.RULES_MAX:,}",
+        f"{workload.DEVICES_MOST:,}",
         f"{WAIT_S_MAX:g} s",
     ):
         assert text in PAGE, text

@@ -13,7 +13,8 @@ from fleetlift.core.orders import CommandsFlag, Flags, LinkFlag, TelemetryFlag
 from fleetlift.core.plan import Move, OnBreach, Plan, check_amendment, gates_of, ladder
 from fleetlift.core.units import Share
 from fleetlift.migrate import planfile
-from fleetlift.migrate.planfile import BadPlan, load_plan, parse_plan
+from fleetlift.migrate.plan_reader import BadPlan
+from fleetlift.migrate.planfile import load_plan, parse_plan
 
 PAGE = (Path(__file__).parents[2] / "docs" / "plan.md").read_text()
 EXAMPLE = re.findall(r"```yaml\n(.*?)```", PAGE, re.DOTALL)[0]

@@ -7,10 +7,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fleetlift.core.timeline import GatePoint, TimelinePoint
+from fleetlift.migrate.page import AuditLine, Figure
 from fleetlift.migrate.plots import Series, clock_label, lines, nice_ticks, time_ticks, value_label
 from fleetlift.migrate.report import (
-    AuditLine,
-    Figure,
     LedgerLine,
     MemberLine,
     PathTotal,

@@ -23,7 +23,7 @@ from litestar.exceptions import (
 
 from fleetlift.core.errors import BadInput, Conflict, FleetError, Forbidden, NotFound, Unavailable
 from fleetlift.log import get_logger
-from fleetlift.migrate.planfile import BadPlan
+from fleetlift.migrate.plan_reader import BadPlan
 
 log = get_logger(__name__)
 

@@ -118,14 +118,24 @@ _MOMENTS = frozenset(
 
 def to_document(status: MigrationStatus) -> dict[str, Any]:
     """The status as JSON writes it, with moments in RFC 3339, UTC."""
+    return written_moments(status)
+
+
+def from_document(document: Mapping[str, Any]) -> MigrationStatus:
+    """The inverse of `to_document`. Raises msgspec.ValidationError for anything else."""
+    return msgspec.convert(read_moments(document), MigrationStatus)
+
+
+def written_moments(status: msgspec.Struct) -> dict[str, Any]:
+    """A status of either kind as a document, its moments as text."""
     document = _moments(msgspec.to_builtins(status), _written)
     assert isinstance(document, dict)
     return document
 
 
-def from_document(document: Mapping[str, Any]) -> MigrationStatus:
-    """The inverse of `to_document`. Raises msgspec.ValidationError for anything else."""
-    return msgspec.convert(_moments(document, _read), MigrationStatus)
+def read_moments(document: Mapping[str, Any]) -> Any:
+    """The inverse of `written_moments`."""
+    return _moments(document, _read)
 
 
 def _written(value: Any) -> Any:
@@ -142,8 +152,8 @@ def _read(value: Any) -> Any:
 
 
 def _moments(value: Any, turn: Callable[[Any], Any], *, key: str = "") -> Any:
-    """`value` with every moment in it turned; what a gate keeps as evidence is left as it is."""
-    if key == "evidence":
+    """`value` with every moment in it turned; evidence of gates and figures of steps are left as they are."""
+    if key in ("evidence", "figures"):
         return value
     if isinstance(value, Mapping):
         return {k: turn(v) if k in _MOMENTS else _moments(v, turn, key=k) for k, v in value.items()}

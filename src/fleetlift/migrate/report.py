@@ -3,10 +3,8 @@
 `render` is pure: facts in, page out. `report_html` reads the facts from the engine's tables.
 """
 
-from collections.abc import Mapping, Sequence
-from datetime import UTC, datetime
+from collections.abc import Sequence
 from html import escape
-from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -15,19 +13,24 @@ from fleetlift.core.errors import NotFound
 from fleetlift.core.migration import MemberState
 from fleetlift.core.plan import ladder
 from fleetlift.core.timeline import TimelinePoint
+from fleetlift.migrate.page import (
+    AuditLine,
+    Figure,
+    audit_lines,
+    audit_section,
+    decoded,
+    mark_legend,
+    marks_of,
+    page,
+    section,
+    table,
+    tiles,
+)
 from fleetlift.migrate.parity import ParityReport, read_parity
 from fleetlift.migrate.planfile import parse_plan
-from fleetlift.migrate.plots import Mark, Series, bands, clock_label, lines, value_label
+from fleetlift.migrate.plots import Mark, Series, bands, clock_label, lines
 from fleetlift.store import ledger
 from fleetlift.store.pool import Pool
-
-
-class AuditLine(msgspec.Struct, frozen=True, kw_only=True):
-    at: float
-    actor: str
-    kind: str
-    text: str
-    evidence: dict[str, Any] = {}
 
 
 class PathTotal(msgspec.Struct, frozen=True, kw_only=True):
@@ -57,14 +60,6 @@ class MemberLine(msgspec.Struct, frozen=True, kw_only=True):
     attributes: dict[str, Any] = {}
 
 
-class Figure(msgspec.Struct, frozen=True, kw_only=True):
-    """One figure of the verdict; `good` False is shown as a fault, None as plain information."""
-
-    label: str
-    value: str
-    good: bool | None = None
-
-
 class ReportData(msgspec.Struct, frozen=True, kw_only=True):
     name: str
     tenant: str
@@ -86,104 +81,37 @@ class ReportData(msgspec.Struct, frozen=True, kw_only=True):
     parity: ParityReport | None = None
 
 
-MARK_KINDS: Mapping[str, str] = {
-    "wave_opened": "step",
-    "gate_breached": "breach",
-    "breach": "breach",
-    "wave_returned": "breach",
-    "wave_returning": "breach",
-    "finished": "done",
-    "migration_finished": "done",
-}
-
-
 def render(data: ReportData) -> str:
     """The page. Deterministic: the same facts give the same bytes."""
     span = max(data.ended_at - data.started_at, 1.0)
-    marks = _marks(data)
-    head, css, script = escape(data.name), _asset("report.css"), _asset("report.js")
+    marks = marks_of(data.audit, data.started_at)
     sections = [
-        _verdict(data),
-        _section("Devices by side", _devices_plot(data, span, marks), _mark_legend(marks)),
-        _section("Messages a second, by side", _rate_plot(data, span, marks)),
-        _section(
+        tiles(data.figures),
+        section("Devices by side", _devices_plot(data, span, marks), mark_legend(marks)),
+        section("Messages a second, by side", _rate_plot(data, span, marks)),
+        section(
             "Command latency, old side against new",
             _latency_plot(data, span, marks),
             "Time from sending a command by a path to the device's answer on that path, over the last 30 s.",
         ),
-        _section(
+        section(
             "Gates", _gate_plots(data, span, marks), "Each gate's measured value over time, with its limit."
         ),
-        _section("Devices that did not go all the way", _stayed(data)),
-        _section("Ledger", _ledger(data)),
-        _section("Parity: what both sides saw of the same messages", _parity(data.parity)),
-        _section(
-            "Audit log",
-            _audit(data),
-            f"{len(data.audit)} decisions, each with the figures that led to it."
-            + (f" A chain of hashes; the last is {data.chain_head}." if data.chain_head else ""),
-        ),
-        _section(f"Plan (version {data.plan_version})", f"<pre>{escape(data.plan)}</pre>"),
+        section("Devices that did not go all the way", _stayed(data)),
+        section("Ledger", _ledger(data)),
+        section("Parity: what both sides saw of the same messages", _parity(data.parity)),
+        audit_section(data.audit, data.started_at, data.chain_head),
+        section(f"Plan (version {data.plan_version})", f"<pre>{escape(data.plan)}</pre>"),
     ]
-    return (
-        f'<!doctype html><html lang="en"><head><meta charset="utf-8">'
-        f'<meta name="viewport" content="width=device-width,initial-scale=1">'
-        f"<title>{head}: migration report</title><style>{css}</style></head><body><main>"
-        f"{_header(data)}{''.join(sections)}"
-        f"<footer>Made by Fleetlift from the engine's own records.</footer></main>"
-        f'<div id="tip" hidden></div><script>{script}</script></body></html>'
+    return page(
+        name=data.name,
+        tenant=data.tenant,
+        phase=data.phase,
+        reason=data.reason,
+        started_at=data.started_at,
+        ended_at=data.ended_at,
+        sections=sections,
     )
-
-
-def _asset(name: str) -> str:
-    return (Path(__file__).parent / name).read_text(encoding="utf-8")
-
-
-def _section(title: str, body: str, note: str = "") -> str:
-    note_html = f'<p class="note">{note}</p>' if note else ""
-    return f"<section><h2>{escape(title)}</h2>{note_html}{body}</section>"
-
-
-def _when(at: float) -> str:
-    return datetime.fromtimestamp(at, UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
-
-
-def _header(data: ReportData) -> str:
-    lasted = clock_label(data.ended_at - data.started_at)
-    reason = f'<p class="reason">{escape(data.reason)}</p>' if data.reason else ""
-    return (
-        f'<header><p class="kicker">Migration report · tenant {escape(data.tenant)}</p>'
-        f'<h1>{escape(data.name)} <span class="phase {escape(data.phase)}">{escape(data.phase)}</span></h1>'
-        f"{reason}"
-        f'<p class="note">{_when(data.started_at)} to {_when(data.ended_at)} · lasted {lasted}</p></header>'
-    )
-
-
-def _verdict(data: ReportData) -> str:
-    tiles = []
-    for figure in data.figures:
-        sign = {True: "✓", False: "✗", None: ""}[figure.good]
-        css = {True: "good", False: "bad", None: ""}[figure.good]
-        tiles.append(
-            f'<div class="tile {css}"><b>{escape(figure.value)}</b>'
-            f"<span>{sign} {escape(figure.label)}</span></div>"
-        )
-    return f'<section class="tiles">{"".join(tiles)}</section>' if tiles else ""
-
-
-def _marks(data: ReportData) -> list[Mark]:
-    return [
-        Mark(at=line.at - data.started_at, label=line.text, kind=MARK_KINDS[line.kind])
-        for line in data.audit
-        if line.kind in MARK_KINDS
-    ]
-
-
-def _mark_legend(marks: Sequence[Mark]) -> str:
-    kinds = {mark.kind for mark in marks}
-    names = {"step": "a wave opened", "breach": "a gate was breached, a wave went back", "done": "finished"}
-    shown = [f'<span class="key {k}"></span> {v}' for k, v in names.items() if k in kinds]
-    return "Vertical lines: " + " · ".join(shown) if shown else ""
 
 
 def _times(data: ReportData) -> list[tuple[float, TimelinePoint]]:
@@ -271,7 +199,7 @@ def _stayed(data: ReportData) -> str:
         about = ", ".join(f"{k} {_plain(v)}" for k, v in sorted(m.attributes.items()))
         cells = (m.device, m.state, stands, m.reason, about)
         rows.append("<tr>" + "".join(f"<td>{escape(str(c))}</td>" for c in cells) + "</tr>")
-    return _table(("device", "state", "stands at", "why", "attributes"), rows)
+    return table(("device", "state", "stands at", "why", "attributes"), rows)
 
 
 def _plain(value: Any) -> str:
@@ -286,7 +214,7 @@ def _ledger(data: ReportData) -> str:
         f"<td class=n>{t.doubles:,}</td></tr>"
         for t in data.totals
     ]
-    totals = _table(
+    totals = table(
         ("path", "copies received", "distinct messages", "came again by the same path"), total_rows
     )
     rows = []
@@ -297,7 +225,7 @@ def _ledger(data: ReportData) -> str:
             f"<tr><td>{escape(line.device)}</td>{cells}<td class=n>{line.stored:,}</td>"
             f"<td class=n>{line.missing:,}{gap}</td></tr>"
         )
-    detail = _table(("device", *(f"by {p}" for p in paths), "stored", "missing"), rows, figures_from=1)
+    detail = table(("device", *(f"by {p}" for p in paths), "stored", "missing"), rows, figures_from=1)
     return f"{totals}<details><summary>{len(rows)} devices</summary>{detail}</details>"
 
 
@@ -321,7 +249,7 @@ def _parity(found: ParityReport | None) -> str:
     sign = '<span class="bad">✗' if found.above_noise > 0 else "<span>✓"
     text = (
         f"<p>{sign} {found.above_noise * 100:.3g} % of the pairs differ above the old side's noise</span> "
-        f"({noise}).</p>{_table(heads, rows, figures_from=1)}"
+        f"({noise}).</p>{table(heads, rows, figures_from=1)}"
     )
     if found.fields:
         fields = [
@@ -332,40 +260,8 @@ def _parity(found: ParityReport | None) -> str:
             for f in found.fields
         ]
         columns = ("channel", "field", "likely", "old", "new", "differs", "by rule", "above noise")
-        text += _table(columns, fields, figures_from=5)
+        text += table(columns, fields, figures_from=5)
     return text
-
-
-def _audit(data: ReportData) -> str:
-    rows = []
-    for line in data.audit:
-        evidence = (
-            msgspec.json.format(msgspec.json.encode(line.evidence), indent=2).decode()
-            if line.evidence
-            else ""
-        )
-        shown = (
-            f"<details><summary>figures</summary><pre>{escape(evidence)}</pre></details>" if evidence else ""
-        )
-        css = MARK_KINDS.get(line.kind, "")
-        rows.append(
-            f'<tr class="{css}"><td class=n>{clock_label(line.at - data.started_at)}</td>'
-            f"<td>{escape(line.actor)}</td><td><code>{escape(line.kind)}</code></td>"
-            f"<td>{escape(line.text)}{shown}</td></tr>"
-        )
-    return _table(("at", "who", "what", "in words"), rows)
-
-
-def _table(heads: Sequence[str], rows: Sequence[str], *, figures_from: int | None = None) -> str:
-    """A table of ready-made rows; from column `figures_from` on the heads stand over figures."""
-    right = len(heads) if figures_from is None else figures_from
-    head = "".join(f"<th{' class=n' if i >= right else ''}>{escape(h)}</th>" for i, h in enumerate(heads))
-    body = "".join(rows)
-    return f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
-
-
-def duration_figure(seconds: float | None) -> str:
-    return "not measured" if seconds is None else value_label(seconds, "s")
 
 
 async def report_html(engine: Pool, backend: Pool, name: str) -> str:
@@ -387,7 +283,7 @@ async def read_report(engine: Pool, backend: Pool, name: str, figures: Sequence[
     members = await engine.fetch("SELECT * FROM engine.member WHERE migration = $1 ORDER BY rank", name)
     devices = [m["device"] for m in members]
     attributes = {
-        r["id"]: _json(r["attributes"])
+        r["id"]: decoded(r["attributes"])
         for r in await backend.fetch("SELECT id, attributes FROM device WHERE id = ANY($1)", devices)
     }
     async with backend.acquire() as conn:
@@ -398,23 +294,14 @@ async def read_report(engine: Pool, backend: Pool, name: str, figures: Sequence[
         name=name,
         tenant=row["tenant"],
         phase=row["phase"],
-        reason=_json(row["state"]).get("reason", ""),
+        reason=decoded(row["state"]).get("reason", ""),
         plan=row["plan"],
         plan_version=row["plan_version"],
         chain_head=(audit[-1]["hash"] or "") if audit else "",
         started_at=row["created_at"].timestamp(),
         ended_at=(samples[-1]["at"] if samples else row["updated_at"]).timestamp(),
         points=[(s["at"].timestamp(), _point(s["data"])) for s in samples],
-        audit=[
-            AuditLine(
-                at=a["at"].timestamp(),
-                actor=a["actor"],
-                kind=a["kind"],
-                text=a["text"],
-                evidence=_json(a["evidence"]),
-            )
-            for a in audit
-        ],
+        audit=audit_lines(audit),
         totals=[
             PathTotal(path=t.path, received=t.received, distinct=t.distinct + t.uncounted, doubles=t.doubles)
             for t in totals
@@ -439,13 +326,6 @@ async def read_report(engine: Pool, backend: Pool, name: str, figures: Sequence[
         parity=compared,
         rungs=tuple(rung.name for rung in ladder(plan)),
     )
-
-
-def _json(value: Any) -> dict[str, Any]:
-    """A jsonb column, whether or not the pool decodes it."""
-    decoded = msgspec.json.decode(value) if isinstance(value, str) else value
-    assert isinstance(decoded, dict)
-    return decoded
 
 
 def _point(value: Any) -> TimelinePoint:

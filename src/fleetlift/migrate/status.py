@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from statistics import median
+from typing import TypeVar
 
 from fleetlift.core.migration import MemberState, MigrationState, Phase, WavePhase
 from fleetlift.core.orders import CommandsFlag, Flags, TelemetryFlag
@@ -21,6 +22,8 @@ from fleetlift.store import audit
 from fleetlift.store import engine as store
 from fleetlift.store.engine import MemberCount
 from fleetlift.store.pool import Pool
+
+T = TypeVar("T")
 
 EVENTS = 12
 STRAGGLERS = 20
@@ -52,8 +55,6 @@ async def read_status(engine: Pool, name: str, *, now: float) -> MigrationStatus
     for count in part:
         by_side[side_of(rungs[min(standing(count), len(rungs) - 1)].flags)] += count.devices
     shown = _rungs(plan, state, rungs, part, taking_part)
-    every = -(-len(points) // TIMELINE_POINTS) or 1
-    thinned = [p for i, p in enumerate(points) if (len(points) - 1 - i) % every == 0]
     return MigrationStatus(
         name=name,
         tenant=stored.tenant,
@@ -85,11 +86,17 @@ async def read_status(engine: Pool, name: str, *, now: float) -> MigrationStatus
         stragglers=tuple(Straggler(device=m.device, reason=m.reason, since=m.told_at) for m in late),
         stragglers_total=_sum(counts, MemberState.STRAGGLER),
         gates=stored.gates,
-        timeline=tuple(Moment(at=at, point=point) for at, point in thinned),
+        timeline=tuple(Moment(at=at, point=point) for at, point in thinned(points, TIMELINE_POINTS)),
         events=tuple(EventLine(id=e.id, at=e.at, actor=e.actor, kind=e.kind, text=e.text) for e in events),
         open_requests=asked,
         controller_seen_at=max([stored.updated_at, *(at for at, _ in points[-1:])]),
     )
+
+
+def thinned(points: Sequence[T], most: int) -> list[T]:
+    """At most `most` of them, evenly, the newest always among them."""
+    every = -(-len(points) // most) or 1
+    return [p for i, p in enumerate(points) if (len(points) - 1 - i) % every == 0]
 
 
 def side_of(flags: Flags) -> str:

@@ -45,7 +45,7 @@ def side_kinds() -> tuple[str, ...]:
 def legacy_key(options: Mapping[str, str]) -> str:
     """The owner's key of a legacy server: from the file that `key_file` names, or FLEETLIFT_LEGACY_KEY."""
     if path := options.get("key_file"):
-        return _key_in(Path(path).expanduser())
+        return key_in(Path(path), "key_file", "the legacy server's owner.key")
     if key := os.environ.get("FLEETLIFT_LEGACY_KEY"):
         return key
     raise BadInput(
@@ -53,29 +53,28 @@ def legacy_key(options: Mapping[str, str]) -> str:
     )
 
 
-def _key_in(path: Path) -> str:
-    """The key in a file that a plan names.
+def key_in(path: Path, named: str, what: str) -> str:
+    """The key in a file that a plan names as `named`; `what` it should be.
 
     The server that the plan names as well is sent what it holds, so it must be a key, and none of our own.
     """
     try:
-        real = path.resolve(strict=True)
+        real = path.expanduser().resolve(strict=True)
         if any((above / OWN_KEYS).exists() for above in real.parents):
             raise BadInput(
-                f"key_file {path}: lies in a data directory of Fleetlift; name a file of the old side"
+                f"{named} {path}: lies in a data directory of Fleetlift; name a file of the old side"
             )
         text = ""
         if real.is_file():  # a pipe or a device might never end
             with real.open("rb") as file:
                 text = file.read(KEY_BYTES_MAX + 1).decode().strip()
     except OSError as exc:
-        raise BadInput(f"key_file {path}: {exc.strerror}; name the legacy server's owner.key") from exc
+        raise BadInput(f"{named} {path}: {exc.strerror}; name {what}") from exc
     except UnicodeDecodeError:
         text = ""
     if not _KEY.fullmatch(text):
         raise BadInput(
-            f"key_file {path}: holds no key (one word of 16 to {KEY_BYTES_MAX} characters); name the legacy "
-            "server's owner.key"
+            f"{named} {path}: holds no key (one word of 16 to {KEY_BYTES_MAX} characters); name {what}"
         )
     return text
 

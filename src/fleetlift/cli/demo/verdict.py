@@ -13,7 +13,7 @@ from rich.text import Text
 
 from fleetlift.core.ranges import RangeSet
 from fleetlift.device.fleet import DeviceTruth
-from fleetlift.migrate.report import Figure, duration_figure
+from fleetlift.migrate.page import Figure, duration_figure
 
 Channel = tuple[str, str]  # device, channel
 
