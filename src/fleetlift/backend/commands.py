@@ -41,7 +41,7 @@ from fleetlift.core.command import (
     uuid7,
 )
 from fleetlift.core.errors import BadInput, Conflict, FleetError, NotFound, Unavailable
-from fleetlift.core.identity import DEVICE_ID, checked_device_id
+from fleetlift.core.identity import DEVICE_ID, checked_device_id, is_replay_id
 from fleetlift.core.jsonvalue import JsonObject
 from fleetlift.log import get_logger
 from fleetlift.store import commands as store
@@ -185,6 +185,8 @@ def _check(new: NewCommand) -> None:
     checked_expiry(new.expires_in_s)
     if new.mode not in tuple(Mode):
         raise BadInput(f"command mode {new.mode!r}: use execute or dry-run")
+    if is_replay_id(new.device) and new.mode != Mode.DRY_RUN:
+        raise BadInput(f"device {new.device!r} is a replay's and executes nothing: send it a dry-run")
     if new.id is not None and not _is_uuid(new.id):
         raise BadInput(f"command id {new.id!r}: use a UUID in its usual form, in lower case")
 
@@ -390,13 +392,23 @@ async def close_expired(ctx: Services, *, grace_s: float = GRACE_S) -> int:
     return closed
 
 
-class _Request(msgspec.Struct, frozen=True):
-    """What a device gets. `mode` is that of the path, `expires_at` Unix seconds."""
+class _Request(msgspec.Struct, frozen=True, omit_defaults=True):
+    """What a device gets. `mode` is that of the path, `expires_at` Unix seconds.
+
+    `replayed`: it is sent to a replay's identity, and whoever gets it must not execute it.
+    """
 
     name: str
     params: msgspec.Raw
     mode: str
     expires_at: float
+    replayed: bool = False
+
+
+def _request(copy: store.Outgoing) -> bytes:
+    replayed = is_replay_id(copy.device)
+    mode = Mode.DRY_RUN if replayed else copy.mode
+    return msgspec.json.encode(_Request(copy.name, copy.params, mode, copy.expires_at, replayed))
 
 
 async def _send(ctx: Services, copies: Sequence[store.Outgoing]) -> None:
@@ -405,7 +417,7 @@ async def _send(ctx: Services, copies: Sequence[store.Outgoing]) -> None:
         [
             ToDevice(
                 f"$aws/commands/things/{one.device}/executions/{one.id}/request/json",
-                msgspec.json.encode(_Request(one.name, one.params, one.mode, one.expires_at)),
+                _request(one),
                 stored=not one.live,
             )
             for one in copies

@@ -15,7 +15,7 @@ import msgspec
 from fleetlift.backend import passwords
 from fleetlift.core import where as conditions
 from fleetlift.core.errors import BadInput, Conflict, NotFound
-from fleetlift.core.identity import checked_device_id, checked_tenant_id
+from fleetlift.core.identity import checked_device_id, checked_replay_identity, checked_tenant_id
 from fleetlift.core.jsonvalue import deeper_than
 from fleetlift.store import devices as store
 from fleetlift.store.devices import Device, DeviceRow, StoredCredential, Tenant
@@ -204,6 +204,7 @@ def _condition(text: str) -> conditions.Expression:
 def checked(device: NewDevice) -> DeviceRow:
     checked_device_id(device.id)
     checked_tenant_id(device.tenant)
+    checked_replay_identity(device.id, device.tenant)
     if device.dialect not in _DIALECTS:
         raise BadInput(f"dialect {device.dialect!r}: use one of {', '.join(sorted(_DIALECTS))}")
     if deeper_than(device.attributes, MAX_ATTRIBUTES_DEPTH):

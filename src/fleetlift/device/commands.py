@@ -7,6 +7,7 @@ from typing import Any, Final
 import msgspec
 
 from fleetlift.core.command import BROUGHT_BY
+from fleetlift.core.identity import is_replay_id
 from fleetlift.core.orders import PROBE_COMMAND, CommandsFlag
 from fleetlift.device.actions import Actions
 from fleetlift.device.clock import SideClock
@@ -87,6 +88,10 @@ class Commands:
             self._early.append(event)
             return
         expired = self._clock.time(now) > event.expires_at
+        if event.replayed or is_replay_id(event.id):
+            # Before all else: no flag makes a replayed command a real one, and its probe is no evidence.
+            self._answer_replayed(event, expired)
+            return
         if event.name == PROBE_COMMAND:
             self._answer(path, event.id, AnswerStatus.EXPIRED if expired else AnswerStatus.SUCCEEDED)
             return
@@ -116,6 +121,15 @@ class Commands:
         self._known[event.id] = kept
         self._executing.add(event.id)
         self._begun.append((self._actions.persist(CommandKept(kept)), event))
+
+    def _answer_replayed(self, event: CommandReceived, expired: bool) -> None:
+        if expired:
+            self._answer(event.path, event.id, AnswerStatus.EXPIRED)
+        elif (why := self._judge(event.name, event.params)) is None:
+            text = "a replayed command is never executed"
+            self._answer(event.path, event.id, AnswerStatus.WOULD_EXECUTE, _detail("REPLAYED", text))
+        else:
+            self._answer(event.path, event.id, AnswerStatus.WOULD_REFUSE, _detail("REPLAYED", why))
 
     def _known_again(self, path: Path, known: CommandRecord) -> None:
         """A second copy: by the same path it gets the first one's answer again, by the other `duplicate`,

@@ -269,12 +269,14 @@ class _Request(msgspec.Struct, frozen=True):
     expires_at: float
     params: msgspec.Raw = msgspec.Raw(b"{}")
     mode: str = "execute"
+    replayed: msgspec.Raw = msgspec.Raw(b"false")
 
 
 _ACCEPTED = msgspec.json.Decoder(_Accepted)
 _REJECTED = msgspec.json.Decoder(_Rejected)
 _DELTA = msgspec.json.Decoder(_Delta)
 _REQUEST = msgspec.json.Decoder(_Request)
+_NOT_REPLAYED = frozenset({b"false", b"null"})
 
 # How an answer is written on AWS's command topics: status and, where it is not the plain case, reasonCode.
 _RESPONSES: dict[AnswerStatus, tuple[str, str]] = {
@@ -384,9 +386,11 @@ class MqttLink(Link):
         if topic.startswith(self._commands):
             request = _REQUEST.decode(packet.payload)
             id_ = topic[len(self._commands) :].split("/", 1)[0]
-            dry_run = request.mode == "dry-run"
-            params = bytes(request.params)
-            event(self, CommandReceived(Path.NEW, id_, request.name, params, dry_run, request.expires_at))
+            # What is not plainly to be executed is not executed: a mode or a mark that says something else.
+            dry_run = request.mode != "execute"
+            replayed = bytes(request.replayed) not in _NOT_REPLAYED
+            params, expires_at = bytes(request.params), request.expires_at
+            event(self, CommandReceived(Path.NEW, id_, request.name, params, dry_run, expires_at, replayed))
         elif topic == self._shadow + "/update/delta":
             event(self, ShadowChanged(_DELTA.decode(packet.payload).state.epoch))
         elif topic == self._shadow + "/get/accepted":

@@ -204,7 +204,7 @@ class OrdersReceived(msgspec.Struct, frozen=True):
 
 
 class CommandReceived(msgspec.Struct, frozen=True):
-    """`params`: a JSON object; `expires_at`: Unix seconds."""
+    """`params`: a JSON object; `expires_at`: Unix seconds. `replayed`: it bears the mark of a replay."""
 
     path: Path
     id: str
@@ -212,6 +212,7 @@ class CommandReceived(msgspec.Struct, frozen=True):
     params: bytes
     dry_run: bool
     expires_at: float
+    replayed: bool = False
 
 
 class CommandFinished(msgspec.Struct, frozen=True):
