@@ -46,6 +46,11 @@ class FaultProxy:
     def url(self) -> str:
         return f"tcp://{self.address[0]}:{self.address[1]}"
 
+    @property
+    def forwarding(self) -> bool:
+        """Connections are open, or something that was held back is under way still."""
+        return bool(self._links)
+
     async def __aenter__(self) -> Self:
         await self.accept()
         return self

@@ -6,6 +6,7 @@ reads it from there, so that no secret is ever on a command line or in an enviro
 
 import contextlib
 import os
+import random
 import re
 import secrets
 import socket
@@ -21,6 +22,8 @@ SECRET_FIELDS = frozenset(
     | {"engine_database_url"}
 )
 RUN_FILE = "run.json"
+_FREE_PORTS = range(20_000, 32_000)
+_given: set[int] = set()
 
 
 class Settings(msgspec.Struct, frozen=True, kw_only=True):
@@ -216,20 +219,44 @@ def join_address(host: str, port: int) -> str:
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
-def checked_address(text: str, purpose: str) -> str:
-    """`text` with a real port that can be listened on now. Raises Unavailable when it is busy or not ours."""
-    host, port = split_address(text)
+def _listen_once(host: str, port: int) -> None:
+    """Raises OSError where nobody could listen now."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     with socket.socket(family, socket.SOCK_STREAM) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((host, port))
-            # A listener on every address is only noticed by listening oneself.
-            probe.listen(1)
-        except OSError as problem:
-            reason = problem.strerror or str(problem)
-            raise Unavailable(
-                f"{purpose} cannot listen on {text} ({reason.lower()}): choose another address with "
-                f"--{purpose}, or stop the program that uses it"
-            ) from problem
-        return join_address(host, probe.getsockname()[1])
+        probe.bind((host, port))
+        # A listener on every address is only noticed by listening oneself.
+        probe.listen(1)
+
+
+def free_port(*hosts: str) -> int:
+    """A port on which nobody listens now on any of `hosts` (loopback unless given).
+
+    Neither one that was given before, nor one of those that the system gives to connections (on Linux from
+    32768 on): such a one may be taken before it is listened on.
+    """
+    left = [port for port in _FREE_PORTS if port not in _given]
+    for port in random.sample(left, len(left)):
+        with contextlib.suppress(OSError):
+            for host in hosts or ("127.0.0.1",):
+                _listen_once(host, port)
+            _given.add(port)
+            return port
+    raise Unavailable(f"no port from {_FREE_PORTS[0]} to {_FREE_PORTS[-1]} is free: name one")
+
+
+def checked_address(text: str, purpose: str) -> str:
+    """`text` with a real port that can be listened on now. Raises Unavailable when it is busy or not ours."""
+    host, port = split_address(text)
+    try:
+        if port == 0:
+            _listen_once(host, 0)  # whether the address is ours
+            return join_address(host, free_port(host))
+        _listen_once(host, port)
+    except OSError as problem:
+        reason = problem.strerror or str(problem)
+        raise Unavailable(
+            f"{purpose} cannot listen on {text} ({reason.lower()}): choose another address with "
+            f"--{purpose}, or stop the program that uses it"
+        ) from problem
+    return join_address(host, port)

@@ -8,7 +8,6 @@ import contextlib
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -24,20 +23,16 @@ import msgspec
 from fleetlift.bus.connect import connected, ensure_log
 from fleetlift.bus.embedded import EmbeddedNats, NatsSecrets, random_database_password
 from fleetlift.config import Settings, load_run, read_env, split_address
+from fleetlift.config import free_port as free_port
 from fleetlift.core.errors import Unavailable
 from fleetlift.store.embedded import EmbeddedPostgres
 from fleetlift.store.migrate import migrate
 from fleetlift.supervise import before_exec, log_tail
+from fleetlift.testing_dns import DnsServer as DnsServer
+from fleetlift.testing_dns import running_bind as running_bind
+from fleetlift.testing_dns import running_knot as running_knot
 
 T = TypeVar("T")
-
-
-def free_port() -> int:
-    """A port of loopback that nobody listens on now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
 
 
 @contextlib.contextmanager

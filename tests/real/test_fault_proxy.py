@@ -48,7 +48,7 @@ async def opened(proxy: FaultProxy) -> Ends:
     return ends
 
 
-async def said(ends: Ends, text: bytes, within_s: float = 1.0) -> bytes | None:
+async def said(ends: Ends, text: bytes, within_s: float = 5.0) -> bytes | None:
     ends[1].write(text)
     try:
         return await asyncio.wait_for(ends[0].read(1000), within_s)
@@ -89,7 +89,7 @@ async def test_a_stall_keeps_everything_for_later(
     assert await said(ends, b"x", 0.3) is None
     assert ((1, b"x") in server.got) is (directions != BOTH)
     proxy.stalled = frozenset()
-    assert await asyncio.wait_for(ends[0].read(10), 1.0) == b"x"
+    assert await asyncio.wait_for(ends[0].read(10), 5.0) == b"x"
 
 
 async def test_slow_takes_its_time(echo: tuple[Echo, FaultProxy]) -> None:
@@ -98,7 +98,7 @@ async def test_slow_takes_its_time(echo: tuple[Echo, FaultProxy]) -> None:
     proxy.latency_s = (0.1, 0.15)
     started = asyncio.get_running_loop().time()
     assert await said(ends, b"x") == b"x"
-    assert 0.2 <= asyncio.get_running_loop().time() - started < 0.9
+    assert 0.2 <= asyncio.get_running_loop().time() - started < 5
     proxy.latency_s, proxy.bytes_per_s = (0.0, 0.0), 2000.0
     started = asyncio.get_running_loop().time()
     assert await said(ends, b"y" * 500, 3.0)
@@ -121,12 +121,14 @@ async def test_reordered_a_new_connection_overtakes_the_old_ones_last_bytes(
 ) -> None:
     server, proxy = echo
     ends = await opened(proxy)
-    striking = asyncio.create_task(proxy.reorder(0.3))
+    striking = asyncio.create_task(proxy.reorder(1.0))
     await asyncio.sleep(0.1)
     ends[1].write(b"last words")
     await striking
     again = await opened(proxy)
-    await asyncio.sleep(0.6)
+    async with asyncio.timeout(10):
+        while not server.ended:  # noqa: ASYNC110
+            await asyncio.sleep(0.05)
     assert server.got == [(1, b"hello"), (2, b"hello"), (1, b"last words")]
     assert server.ended == [1]
     again[1].close()

@@ -59,6 +59,11 @@ def read_env(path: Path) -> dict[str, str]:
 
 def connect(data: Path | None = None) -> "Api":
     """The API that `data` or the environment names; Unavailable, with what to do, when neither does."""
+    return Api(*where(data))
+
+
+def where(data: Path | None = None) -> tuple[str, str, str | None]:
+    """Its address, the token and the file of its authority. Raises as `connect` does."""
     values: Mapping[str, str]
     if data is None and os.environ.get("FLEETLIFT_URL"):
         values, origin = os.environ, "the environment"
@@ -78,7 +83,7 @@ def connect(data: Path | None = None) -> "Api":
             ) from None
     if not values.get("FLEETLIFT_TOKEN"):
         raise Forbidden(f"FLEETLIFT_TOKEN is missing from {origin}; 'fleetlift token create' makes one.")
-    return Api(values["FLEETLIFT_URL"], values["FLEETLIFT_TOKEN"], values.get("FLEETLIFT_CA") or None)
+    return values["FLEETLIFT_URL"], values["FLEETLIFT_TOKEN"], values.get("FLEETLIFT_CA") or None
 
 
 def segment(text: str) -> str:
