@@ -15,11 +15,13 @@ from nats.errors import Error as NatsError
 from fleetlift.backend import passwords, registry, telemetry
 from fleetlift.backend.context import Context
 from fleetlift.backend.registry import Credential, NewDevice
+from fleetlift.bus.embedded import SUBSCRIPTIONS_MAX
 from fleetlift.config import split_address
 from fleetlift.edge import auth, presence
 from fleetlift.store import devices as device_store
 from fleetlift.store import presence as presence_store
 from fleetlift.store import telemetry as telemetry_store
+from fleetlift.store.devices import tell_revoked
 
 REFUSED = 135  # what paho makes of CONNACK code 5, the only one NATS Server refuses with
 BAD_NAME = 134  # of code 4
@@ -373,6 +375,25 @@ async def test_presence_tells_comings_and_goings(edge: Context) -> None:
             assert happened[0].connected is False
         assert [event.connected for event in happened].count(True) == 2
         assert await presence.kick(edge, "b") == 0
+
+
+async def test_presence_outlives_that_many_devices_are_cut_off_at_once(edge: Context) -> None:
+    """A whole tenant's credentials go in one instant: more than one connection may ask about."""
+    revoked = [f"gone-{n}" for n in range(SUBSCRIPTIONS_MAX * 2)]
+
+    async def seen() -> bool:
+        async with edge.pool.acquire() as conn:
+            known = await presence_store.get(conn, "b")
+        return known is not None and known.connected
+
+    async with running(presence.run(edge)):
+        async with phone(edge, "a"):
+            await asyncio.sleep(0)
+        async with edge.pool.acquire() as conn:
+            await tell_revoked(conn, revoked)
+        async with phone(edge, "b"):
+            await eventually(seen)
+        assert not edge.sys_nc.is_closed
 
 
 async def test_presence_is_put_right_after_nobody_watched(edge: Context) -> None:

@@ -30,6 +30,7 @@ SAVE_EVERY_S = 0.1
 RECONCILE_EVERY_S = 60.0
 LIST_PAGE = 1024
 ANSWER_WITHIN_S = 2.0
+CUT_OFF_AT_ONCE = 16  # each request is a subscription, and a connection has few (see the embedded server)
 KICK_AGAIN_S = 2.0
 
 _RETRYABLE = (*CONNECT_ERRORS, Unavailable, NatsError, asyncpg.PostgresError, asyncpg.InterfaceError)
@@ -111,6 +112,9 @@ async def _keep_for_ever(ctx: Context) -> None:
             while isinstance(first, BaseExceptionGroup):
                 first = first.exceptions[0]
             log.warning("presence_interrupted", problem=f"{type(first).__name__}: {first}")
+        if ctx.sys_nc.is_closed:
+            # It comes back by itself after everything but a refusal; a process that starts anew has another.
+            raise Unavailable("NATS has closed the connection of the system account for good")
         await asyncio.sleep(0.5)
 
 
@@ -123,6 +127,7 @@ class _Keeper:
         self._silent: set[str] = set()  # servers that did not answer the last time they were asked
         self._reconcile_now = asyncio.Event()
         self._decode_event = msgspec.json.Decoder(_Event)
+        self._cutting = asyncio.Semaphore(CUT_OFF_AT_ONCE)
 
     async def work(self, ownership: "asyncpg.Connection[Any]") -> None:
         async with self._ctx.pool.acquire() as conn:
@@ -199,7 +204,9 @@ class _Keeper:
         for pause_s in (0.0, KICK_AGAIN_S):
             await asyncio.sleep(pause_s)
             try:
-                if kicked := await kick(self._ctx, device):
+                async with self._cutting:
+                    kicked = await kick(self._ctx, device)
+                if kicked:
                     log.info("device_cut_off", device=device, connections=kicked)
             except Unavailable as problem:
                 log.warning("device_not_cut_off", device=device, problem=str(problem))
