@@ -24,7 +24,7 @@ from fleetlift.store.pool import Pool
 
 log = get_logger(__name__)
 
-ROLES = ("auth", "telemetry", "state", "controller")  # the workers beside this one
+ROLES = ("auth", "telemetry", "state", "controller", "mover")  # the workers beside this one
 PART_S = 2.0  # a part that has not answered by then does not work
 
 

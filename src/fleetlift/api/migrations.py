@@ -29,16 +29,20 @@ from fleetlift.core.certificate import Certificate
 from fleetlift.core.errors import BadInput, Conflict, Forbidden, NotFound, Unavailable
 from fleetlift.core.migration import Member, MemberState, RequestKind
 from fleetlift.core.plan import check_amendment
-from fleetlift.core.status import to_document
-from fleetlift.migrate import certificate, check, controller, report, status
+from fleetlift.core.status import written_moments
+from fleetlift.core.tenant.plan import TenantPlan, check_tenant_amendment
+from fleetlift.migrate import certificate, check, controller, report, status, tenant_check, tenant_report
 from fleetlift.migrate.check import PlanCheck
 from fleetlift.migrate.parity import ParityReport, read_parity
 from fleetlift.migrate.planfile import parse_plan
+from fleetlift.migrate.tenant_check import FILES_MAX, MoveCheck
+from fleetlift.migrate.tenant_planfile import parse_any_plan, parse_tenant_plan
+from fleetlift.migrate.tenant_status import read_move_status
 from fleetlift.store import audit, claims
 from fleetlift.store import engine as store
 from fleetlift.store.audit import AuditRow
 from fleetlift.store.claims import Claimed
-from fleetlift.store.engine import StoredMigration
+from fleetlift.store.engine import TENANT, StoredMigration
 from fleetlift.store.paging import from_cursor, to_cursor
 from fleetlift.store.pool import Conn
 
@@ -56,9 +60,10 @@ Wait = Annotated[
 
 
 class PlanIn(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """`plan`: the plan file, as text."""
+    """`plan`: the plan file, as text. `files`: those that it names (scenarios of load), by name."""
 
     plan: Annotated[str, msgspec.Meta(min_length=1, max_length=PLAN_CHARS_MAX)]
+    files: Annotated[dict[str, str], msgspec.Meta(max_length=FILES_MAX)] = {}
 
 
 class RevertIn(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -84,6 +89,7 @@ class MigrationOut(msgspec.Struct, frozen=True, kw_only=True):
     """A migration in a list. `GET /migrations/{name}` says more."""
 
     name: str
+    kind: str
     tenant: str
     phase: str
     reason: str
@@ -133,6 +139,7 @@ class MemberOut(msgspec.Struct, frozen=True, kw_only=True):
 def shown(m: StoredMigration) -> MigrationOut:
     return MigrationOut(
         name=m.name,
+        kind=m.kind,
         tenant=m.tenant,
         phase=m.state.phase.value,
         reason=m.state.reason,
@@ -175,6 +182,16 @@ async def visible(conn: Conn, request: Call, name: str) -> StoredMigration:
     return found
 
 
+def of_a_fleet(stored: StoredMigration, what: str) -> StoredMigration:
+    """Raises Conflict for a tenant's move, which has no such thing."""
+    if stored.kind == TENANT:
+        raise Conflict(
+            f"{stored.name!r} moves a tenant, and only a fleet's migration has {what}: "
+            "its report has the audit log"
+        )
+    return stored
+
+
 def may_bring_plans(request: Call) -> None:
     """A plan names servers to connect to and queries to run with the server's own rights."""
     if request.user.tenant is not None:
@@ -199,18 +216,26 @@ async def start_migration(request: Call, data: JSONBody[PlanIn]) -> MigrationOut
     """The plan is checked first; with a mistake in it nothing starts. Tokens of every tenant only."""
     may_bring_plans(request)
     found = services(request)
-    state = await controller.start_migration(
-        found.engine, data.plan, actor=request.user.name, now=time.time()
-    )
+    plan = parse_any_plan(data.plan)
+    if isinstance(plan, TenantPlan):
+        await tenant_check.start_move(
+            found.engine, data.plan, data.files, actor=request.user.name, now=time.time()
+        )
+    else:
+        await controller.start_migration(found.engine, data.plan, actor=request.user.name, now=time.time())
     async with found.engine.acquire() as conn:
-        return shown(await store.head(conn, state.name))
+        return shown(await store.head(conn, plan.name))
 
 
 @post("/check", opt=OPERATOR, status_code=200, summary="Check a plan against the fleet")
-async def check_plan(request: Call, data: JSONBody[PlanIn]) -> PlanCheck:
-    """Which devices, which waves, what is missing. Nothing moves."""
+async def check_plan(request: Call, data: JSONBody[PlanIn]) -> PlanCheck | MoveCheck:
+    """Which devices and waves, or which tables and names; what is missing. Nothing moves."""
     may_bring_plans(request)
     found = services(request)
+    plan = parse_any_plan(data.plan)
+    if isinstance(plan, TenantPlan):
+        tenant_check.check_files(data.files)
+        return await tenant_check.check_move(plan, data.files)
     return await check.check_plan(found.engine, found.pool, data.plan)
 
 
@@ -219,8 +244,10 @@ async def show_migration(request: Call, name: FromPath[str]) -> dict[str, Any]:
     """Phase, steps and waves, devices by side, gates with their figures, rates, last events, stragglers."""
     found = services(request)
     async with found.engine.acquire() as conn:
-        await visible(conn, request, name)
-    return to_document(await status.read_status(found.engine, name, now=time.time()))
+        stored = await visible(conn, request, name)
+    if stored.kind == TENANT:
+        return written_moments(await read_move_status(found.engine, name, now=time.time()))
+    return written_moments(await status.read_status(found.engine, name, now=time.time()))
 
 
 async def check_member(request: Call, name: str, device: str) -> None:
@@ -321,6 +348,10 @@ async def amend(
     may_bring_plans(request)
     async with services(request).engine.acquire() as conn:
         held = await visible(conn, request, name)
+    if held.kind == TENANT:
+        move = parse_tenant_plan(data.plan)
+        check_tenant_amendment(parse_tenant_plan(held.plan), move, held.state.rung - 1)
+        return await ask(request, name, RequestKind.AMEND, {"plan": data.plan}, wait)
     plan = parse_plan(data.plan)
     if plan.name != name:
         raise BadInput(f"The plan is of migration {plan.name!r}; to amend {name!r} it must carry that name.")
@@ -342,7 +373,9 @@ async def show_report(request: Call, name: FromPath[str]) -> str:
     """Self-contained: needs no network. Works while the migration runs, too."""
     found = services(request)
     async with found.engine.acquire() as conn:
-        await visible(conn, request, name)
+        stored = await visible(conn, request, name)
+    if stored.kind == TENANT:
+        return await tenant_report.report_html(found.engine, name, found.ctx.settings.path)
     return await report.report_html(found.engine, found.pool, name)
 
 
@@ -352,7 +385,7 @@ async def show_parity(request: Call, name: FromPath[str]) -> ParityReport:
     that differed, with the noise of the old side against itself."""
     found = services(request)
     async with found.engine.acquire() as conn:
-        stored = await visible(conn, request, name)
+        stored = of_a_fleet(await visible(conn, request, name), "parity")
         members = await store.members_page(conn, name, limit=None)
     async with found.pool.acquire() as conn:
         return await read_parity(conn, parse_plan(stored.plan), name, [m.device for m in members])
@@ -369,7 +402,7 @@ async def show_certificate(
     """One JSON file, to be kept byte for byte: `fleetlift certificate verify` checks it without a server."""
     found = services(request)
     async with found.engine.acquire() as conn:
-        await visible(conn, request, name)
+        of_a_fleet(await visible(conn, request, name), "a certificate")
     data = await certificate.issue(
         found.engine, found.pool, name, data_dir=found.ctx.settings.path, now=time.time(), so_far=so_far
     )
@@ -457,7 +490,8 @@ async def follow(found: Services, name: str, last: int, token: str) -> AsyncIter
                 spoken = time.monotonic()
                 yield ServerSentEventMessage(comment="still here")
             try:
-                await asyncio.wait_for(found.ctx.stop.wait(), STREAM_POLL_S)
+                async with asyncio.timeout(STREAM_POLL_S):
+                    await found.ctx.stop.wait()
             except TimeoutError:
                 continue
     finally:

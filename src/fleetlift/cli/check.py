@@ -13,9 +13,31 @@ WARN, BAD, GOOD, FAINT = "yellow", "red", "green", "grey58"
 def show_check(found: Mapping[str, Any]) -> bool:
     """Print the answer of `POST /migrations/check`; True when the migration could start."""
     console = out()
-    for line in lines(found, console.width):
+    tenant = found.get("kind") == "tenant"
+    for line in move_lines(found) if tenant else lines(found, console.width):
         console.print(line, soft_wrap=True)
     return bool(found["ok"])
+
+
+def move_lines(found: Mapping[str, Any]) -> list[Text]:
+    """The check of a tenant's move as lines of text."""
+    head = Text(found["name"], style="bold")
+    head.append(f"  tenant {found['tenant']}", style=FAINT)
+    shown = [head, Text()]
+    shown += [Text(f"{number}. {step}") for number, step in enumerate(found["steps"], start=1)]
+    if found["tables"]:
+        shown += [Text(), Text(f"{len(found['tables'])} tables have rows to bring", style="bold")]
+        names = max(len(one["table"]) for one in found["tables"])
+        for one in found["tables"]:
+            line = Text(f"  {one['table']:<{names}}  {one['part']:<7}")
+            shown.append(line.append(f"  of about {max(one['rows'], 0):,} rows", style=FAINT))
+        shown.append(Text("  'fleetlift tenant explain' counts them and says why each comes.", style=FAINT))
+    shown.append(Text())
+    shown += [Text(f"✗ {text}", style=BAD) for text in found["problems"]]
+    shown += [Text("! ", style=WARN).append(text) for text in found["warnings"]]
+    verdict = "✓ It can start." if found["ok"] else "✗ It cannot start like this."
+    shown.append(Text(verdict, style=GOOD if found["ok"] else BAD))
+    return shown
 
 
 def lines(found: Mapping[str, Any], width: int) -> list[Text]:

@@ -39,10 +39,35 @@ AREAS: dict[str, Area] = {
         "Check this machine for what a backend needs, and say what to do.", (CLI + "doctor:doctor",), RUN
     ),
     "token": Area("Tokens for people and programs: create, list, revoke.", (CLI + "tokens:app",), RUN),
-    "tenant": Area("Tenants, the customers of a platform: create, list.", (CLI + "tenants:app",), RUN),
+    "tenant": Area(
+        "Tenants, the customers of a platform: create, list; explain, verify and clean up their moves.",
+        (CLI + "tenants:app", CLI + "tenant_data:app", CLI + "tenant_rows:app", CLI + "tenant_clean:app"),
+        RUN,
+    ),
     "migrate": Area(
-        "Move a live fleet: check, start, watch, approve, pause, revert, report.",
-        (CLI + "migrate:app", CLI + "certificate:of_migration"),
+        "Move a live fleet, or a tenant: check, start, watch, approve, pause, revert, report, rehearse.",
+        (CLI + "migrate:app", CLI + "certificate:of_migration", CLI + "rehearse:app"),
+        MOVE,
+    ),
+    "relay": Area(
+        "Stand at the old address: forward devices, list stragglers, let them go.", (CLI + "relay:app",), MOVE
+    ),
+    "dns": Area(
+        "Names that devices come by: what servers answer, and what stands against a move.",
+        (CLI + "dns:app",),
+        MOVE,
+    ),
+    "capture": Area(
+        "Record real device traffic, secrets removed, with a proof that it is complete.",
+        (CLI + "capture:capture",),
+        MOVE,
+    ),
+    "replay": Area(
+        "Play a capture against another side; no device takes it for real.", (CLI + "capture:replay",), MOVE
+    ),
+    "load": Area(
+        "Load tests: play a scenario against a target, show what it would send, fit one to a capture.",
+        (CLI + "load:app",),
         MOVE,
     ),
     "certificate": Area(
@@ -60,6 +85,11 @@ AREAS: dict[str, Area] = {
     "shadow": Area("Desired and reported state: get, set, delete.", (CLI + "shadow:app",), LOOK),
     "demo": Area(
         "The main job, end to end, on this machine with recorded vehicles.", (CLI + "demo:demo",), TRY
+    ),
+    "demo-tenant": Area(
+        "One tenant leaves a shared database and cloud, end to end, on this machine.",
+        (CLI + "demo_tenant:demo_tenant",),
+        TRY,
     ),
     "soak": Area(
         "Kill and halt every process of running migrations, and balance the account.",
@@ -93,6 +123,8 @@ def load(name: str) -> Any:
         app = typer.Typer(add_completion=False)
         app.command(name, help=None)(loaded[0])
         command = get_command(app)
+    elif len(loaded) == 1 and loaded[0].registered_callback is not None:
+        command = get_command(loaded[0])  # does something without a subcommand too
     else:
         app = typer.Typer(help=area.help, no_args_is_help=True, add_completion=False)
         for part in loaded:

@@ -8,14 +8,16 @@ import time
 from collections.abc import Mapping, Sequence
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import typer
 
 from fleetlift.cli.client import Api, Data, Json, Limit, connect, segment
 
 if TYPE_CHECKING:
-    from fleetlift.core.status import MigrationStatus
+    from collections.abc import Callable
+
+    from rich.console import RenderableType
 
 app = typer.Typer(help="Move a live fleet from one backend to another.", no_args_is_help=True)
 
@@ -69,11 +71,10 @@ def check(plan: PlanFile, data: Data = None, as_json: Json = False) -> None:
     """Check a plan against the fleet: which devices, which waves, what is missing. Nothing moves."""
     from fleetlift.cli.check import show_check
     from fleetlift.cli.screen import emit_json
-    from fleetlift.migrate.planfile import load_plan
 
-    load_plan(plan)  # mistakes are told with the file's own name, and without a server
+    body = read_plan(plan)  # mistakes are told with the file's own name, and without a server
     with connect(data) as api:
-        found = api.post("/migrations/check", {"plan": plan.read_text()})
+        found = api.post("/migrations/check", body)
     if as_json:
         emit_json(found)
         ok = bool(found.get("ok", True))
@@ -91,11 +92,10 @@ def start(
 ) -> None:
     """Start a migration. The plan is checked first; with a mistake in it nothing starts."""
     from fleetlift.cli.screen import emit_json, say
-    from fleetlift.migrate.planfile import load_plan
 
-    load_plan(plan)
+    body = read_plan(plan)
     with connect(data) as api:
-        made = api.post("/migrations", {"plan": plan.read_text()})
+        made = api.post("/migrations", body)
         if as_json:
             emit_json(made)
         elif not watching:
@@ -137,8 +137,6 @@ def list_(limit: Limit = 100, data: Data = None, as_json: Json = False) -> None:
 def status(name: Name = None, data: Data = None, as_json: Json = False) -> None:
     """How a migration stands, once. `watch` shows it live."""
     from fleetlift.cli.screen import emit_json, out
-    from fleetlift.cli.watch import snapshot
-    from fleetlift.core.status import from_document
 
     with connect(data) as api:
         document = api.get(path_of(the_one(api, name)))
@@ -146,9 +144,8 @@ def status(name: Name = None, data: Data = None, as_json: Json = False) -> None:
         emit_json(document)
     else:
         console = out()
-        found = from_document(document)
         width = min(console.width, 120)
-        console.print(snapshot(found, width), soft_wrap=True)
+        console.print(screens_of(document).snapshot(document, width), soft_wrap=True)
     raise typer.Exit(exit_status(document["phase"]))
 
 
@@ -195,9 +192,9 @@ def amend(
     data: Data = None,
 ) -> None:
     """Replace the plan of a migration (narrow it, usually) and go on with it."""
-    from fleetlift.migrate.planfile import load_plan
+    from fleetlift.migrate.tenant_planfile import load_any_plan
 
-    parsed = load_plan(plan)
+    parsed = load_any_plan(plan)
     ask(data, name or parsed.name, "amend", {"plan": plan.read_text()})
 
 
@@ -357,6 +354,46 @@ def parity(name: Name = None, data: Data = None, as_json: Json = False) -> None:
 # -- inside ---------------------------------------------------------------------------------------------
 
 
+class Screens(NamedTuple):
+    """How a migration of one kind is drawn, from the API's document."""
+
+    render: "Callable[[Mapping[str, Any], int, int], RenderableType]"
+    snapshot: "Callable[[Mapping[str, Any], int], RenderableType]"
+
+
+def screens_of(document: Mapping[str, Any]) -> Screens:
+    if document.get("kind") == "tenant":
+        from fleetlift.cli import tenant_watch
+        from fleetlift.core.tenant.status import from_document as read_move
+
+        return Screens(
+            lambda d, width, height: tenant_watch.render(read_move(d), width, height),
+            lambda d, width: tenant_watch.snapshot(read_move(d), width),
+        )
+    from fleetlift.cli import watch as fleet_watch
+    from fleetlift.core.status import from_document
+
+    return Screens(
+        lambda d, width, height: fleet_watch.render(from_document(d), width, height),
+        lambda d, width: fleet_watch.snapshot(from_document(d), width),
+    )
+
+
+def read_plan(path: Path) -> dict[str, Any]:
+    """A plan checked by itself, with the files that it names, as the API takes them."""
+    from fleetlift.core.tenant.plan import TenantPlan, Validate
+    from fleetlift.migrate.tenant_planfile import load_any_plan
+    from fleetlift.yamlfile import read_text
+
+    plan = load_any_plan(path)
+    files = {}
+    if isinstance(plan, TenantPlan):
+        for step in plan.steps:
+            if isinstance(step, Validate):
+                files[step.scenario] = read_text(path.parent / step.scenario, "scenario")
+    return {"plan": path.read_text(), "files": files}
+
+
 def exit_status(phase: str) -> int:
     return 1 if phase in ("reverted", "reverting", "held") else 0
 
@@ -436,21 +473,20 @@ def follow(api: Api, name: str, *, as_json: bool = False, after_revert: bool = F
     from rich.live import Live
     from rich.text import Text
 
-    from fleetlift.cli.watch import render, snapshot
     from fleetlift.core.errors import Unavailable
-    from fleetlift.core.status import from_document
 
-    found: MigrationStatus | None = None
+    found: dict[str, Any] | None = None
     trouble = ""
     try:
         with Live(console=console, screen=True, auto_refresh=False) as live:
-            while found is None or not over(found.phase.value, after_revert=after_revert, at_terminal=True):
+            while found is None or not over(found["phase"], after_revert=after_revert, at_terminal=True):
                 began = time.monotonic()
                 try:
-                    found, trouble = from_document(api.get(path_of(name))), ""
+                    found, trouble = api.get(path_of(name)), ""
                 except Unavailable as exc:
                     trouble = str(exc)
-                screen = render(found, console.width, console.height - bool(trouble)) if found else Text("")
+                room = console.height - bool(trouble)
+                screen = screens_of(found).render(found, console.width, room) if found else Text("")
                 if trouble:
                     from rich.console import Group
 
@@ -464,8 +500,8 @@ def follow(api: Api, name: str, *, as_json: bool = False, after_revert: bool = F
         pass  # leaving the screen leaves the migration alone
     if found is None:
         return 1
-    console.print(snapshot(found, min(console.width, 120)))
-    return exit_status(found.phase.value)
+    console.print(screens_of(found).snapshot(found, min(console.width, 120)))
+    return exit_status(found["phase"])
 
 
 def follow_lines(api: Api, name: str, *, as_json: bool, after_revert: bool) -> int:

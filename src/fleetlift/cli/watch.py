@@ -4,6 +4,7 @@
 watch` and the demo show. Every colour has a mark or a word beside it, so that it reads in black and white.
 """
 
+import re
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from typing import NamedTuple
@@ -29,6 +30,7 @@ MARKS = {
 VERDICTS = {Verdict.ADVANCE: ("✓", GOOD), Verdict.HOLD: ("!", WARN), Verdict.REVERT: ("✗", BAD)}
 UNDECIDED = ("◷", LIVE)  # measured, but too little of it to be sure: a hold that is nobody's fault
 DONE = (Phase.FINISHED, Phase.REVERTED, Phase.RELEASED)
+_CONTROLS = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]+")
 # what the audit log notes → mark and style; kinds that are not here are shown with a dot
 EVENT_SIGNS: Mapping[str, tuple[str, str]] = {
     "migration_started": ("▶", LIVE),
@@ -42,6 +44,18 @@ EVENT_SIGNS: Mapping[str, tuple[str, str]] = {
     "wave_passed": ("✓", GOOD),
     "migration_finished": ("✓", GOOD),
     "migration_released": ("✓", GOOD),
+    "step_begun": ("▶", LIVE),
+    "step_worked": ("→", LIVE),
+    "step_done": ("✓", GOOD),
+    "way_back_open": ("✓", GOOD),
+    "move_cleaned": ("✓", GOOD),
+    "approval_awaited": ("?", WARN),
+    "clean_failed": ("!", WARN),
+    "step_failed": ("✗", BAD),
+    "undo_failed": ("✗", BAD),
+    "follow_stopped": ("✗", BAD),
+    "way_back_closed": ("✗", BAD),
+    "step_undone": ("↩", BAD),
     "wave_skipped": ("-", FAINT),
     "devices_joined": ("+", FAINT),
     "migration_paused": ("‖", WARN),
@@ -79,10 +93,14 @@ class Span(NamedTuple):
 
 
 def line(*parts: Span | str, width: int) -> Text:
-    """One line of at most `width` columns, cut with '…' where it is too long."""
+    """One line of at most `width` columns, cut with '…' where it is too long.
+
+    A database's error has lines, and a name may hold what moves a terminal's cursor: either becomes a space.
+    """
     text = Text(no_wrap=True, overflow="ellipsis", end="")
     for part in parts:
-        text.append(part if isinstance(part, str) else part.text, "" if isinstance(part, str) else part.style)
+        words, style = (part, "") if isinstance(part, str) else part
+        text.append(_CONTROLS.sub(" ", words), style)
     text.truncate(width, overflow="ellipsis")
     return text
 

@@ -31,6 +31,7 @@ ROLES: dict[str, tuple[str, ...]] = {
     "auth": ("fleetlift.edge.auth:run",),
     "api": ("fleetlift.api.app:run",),
     "controller": ("fleetlift.migrate.controller:run",),
+    "mover": ("fleetlift.mover.service:run",),
 }
 STOP_SERVICES_S = 10.0
 

@@ -7,9 +7,8 @@ repeated, so a controller killed at any step goes on from what was committed.
 """
 
 import asyncio
-import contextlib
 import os
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,7 @@ import asyncpg
 from fleetlift.backend.context import Context
 from fleetlift.backend.follow import end
 from fleetlift.core.decide import begin
-from fleetlift.core.errors import BadInput, FleetError
+from fleetlift.core.errors import BadInput
 from fleetlift.core.migration import (
     AuditEntry,
     FleetDevice,
@@ -37,17 +36,18 @@ from fleetlift.migrate.bridge import Bridge
 from fleetlift.migrate.feed_store import PostgresFeedStore
 from fleetlift.migrate.journal import Journal
 from fleetlift.migrate.kill_switch import KillSwitch
+from fleetlift.migrate.leading import Leader, lead_in_turn
 from fleetlift.migrate.measure import Measurer
 from fleetlift.migrate.noise import NoiseReader
 from fleetlift.migrate.planfile import parse_plan
 from fleetlift.migrate.ports import GONE, EngineStore
-from fleetlift.migrate.runner import ERROR_PAUSE_S, ROUND_EVERY_S, Runner, rounds_forever
+from fleetlift.migrate.runner import Runner, rounds_forever
 from fleetlift.sides.fleetlift import FleetliftSide, endpoint_of, engine_key
 from fleetlift.sides.open import connect_side
 from fleetlift.store import engine as store
 from fleetlift.store import parity
 from fleetlift.store.engine import StoredMigration
-from fleetlift.store.pool import Pool, open_pool, sole_owner
+from fleetlift.store.pool import Conn, Pool
 
 log = get_logger(__name__)
 
@@ -55,17 +55,6 @@ LEADER = "migration controller"
 
 
 # -- for the API and the command line ---------------------------------------------------------------------
-
-
-@contextlib.asynccontextmanager
-async def engine_pool(ctx: Context) -> AsyncIterator[Pool]:
-    """Connections to the engine's database: those of the backend, when it is the same one."""
-    settings = ctx.settings
-    if settings.engine_url == settings.database_url:
-        yield ctx.pool
-    else:
-        async with open_pool(settings.engine_url, name="engine") as pool:
-            yield pool
 
 
 def side_entry(plan: Plan) -> dict[str, str]:
@@ -155,80 +144,42 @@ async def request(
 
 
 async def run(ctx: Context) -> None:
-    """Lead when it is this process's turn, until `ctx.stop` is set. Loses the lead with the connection."""
+    """Lead when it is this process's turn, until `ctx.stop` is set."""
     switch = KillSwitch(os.environ.get("FLEETLIFT_KILL_AT", ""), ctx.settings.path / "killed-at")
-    async with engine_pool(ctx) as engine:
-        work = asyncio.create_task(_lead_forever(ctx, engine, switch), name="controller")
-        stop = asyncio.create_task(ctx.stop.wait(), name="stop")
-        try:
-            await asyncio.wait({work, stop}, return_when=asyncio.FIRST_COMPLETED)
-            if work.done():
-                work.result()
-        finally:
-            for task in (work, stop):
-                task.cancel()
-            await asyncio.gather(work, stop, return_exceptions=True)
+    await lead_in_turn(
+        ctx, LEADER, lambda engine, lock: Controller(ctx, engine, switch).lead(lock), role=Controller.role
+    )
 
 
-async def _lead_forever(ctx: Context, engine: Pool, switch: KillSwitch) -> None:
-    while True:
-        try:
-            async with sole_owner(ctx.settings.engine_url, LEADER) as lock:
-                log.info("controller_leads")
-                await Controller(ctx, engine, switch).lead(lock)
-        except (OSError, TimeoutError, asyncpg.PostgresError, asyncpg.InterfaceError) as error:
-            log.warning("controller_lost_database", reason=str(error))
-        await asyncio.sleep(ERROR_PAUSE_S)
-
-
-class Controller:
+class Controller(Leader):
     """Runs every migration that is not released, and a bridge for each old side that they name."""
 
+    role = "controller"
+
     def __init__(self, ctx: Context, engine: Pool, switch: KillSwitch) -> None:
+        super().__init__(engine)
         self._ctx = ctx
-        self._engine = engine
         self._switch = switch
         self._key = engine_key(ctx.settings.path)
         self._bridges: dict[str, tuple[Bridge, asyncio.Task[None] | None]] = {}
-        self._running: dict[str, tuple[Bridge, Runner, asyncio.Task[None]]] = {}
+        self._running: dict[str, tuple[Bridge, Runner]] = {}
         self._unreleased: frozenset[str] | None = None  # whose rules the telemetry reader has
         self._rules: dict[str, tuple[Rule, ...]] = {}  # of parity, as the telemetry reader was told
-        self._wake: dict[str, asyncio.Event] = {}
 
     async def lead(self, lock: "asyncpg.Connection[Any]") -> None:
-        """Work until the lock's connection is lost, or cancelled."""
-        await lock.add_listener(store.REQUEST_CHANNEL, self._asked)
-        broken: set[str] = set()
         try:
-            while not lock.is_closed():
-                async with self._engine.acquire() as conn:
-                    wanted = await store.unreleased(conn)
-                for name in wanted:
-                    if name not in self._running:
-                        try:
-                            await self._start(name)
-                            broken.discard(name)
-                        except FleetError as error:
-                            # One migration that cannot be run must not keep the others from running.
-                            if name not in broken:
-                                log.error("migration_not_taken_up", migration=name, reason=str(error))
-                                broken.add(name)
-                for name in [n for n in self._running if n not in wanted]:
-                    await self._stop(name)
-                await self._tell_rules(frozenset(wanted))
-                await self._tend_bridges()
-                await asyncio.sleep(ROUND_EVERY_S)
-            log.warning("controller_lost_lock")
+            await super().lead(lock)
         finally:
-            for name in list(self._running):
-                await self._stop(name)
             await self._tend_bridges()
 
-    def _asked(self, conn: Any, pid: int, channel: str, payload: object) -> None:
-        if (event := self._wake.get(str(payload))) is not None:
-            event.set()
+    async def wanted(self, conn: Conn) -> Collection[str]:
+        return await store.unreleased(conn)
 
-    async def _start(self, name: str) -> None:
+    async def tend(self, wanted: Collection[str]) -> None:
+        await self._tell_rules(frozenset(wanted))
+        await self._tend_bridges()
+
+    async def take_up(self, name: str, wake: asyncio.Event) -> "asyncio.Task[None]":
         async with self._engine.acquire() as conn:
             stored = await store.load(conn, name)
         plan = parse_plan(stored.plan, file=f"{name}.yaml")
@@ -246,11 +197,10 @@ class Controller:
             self._bridges[key] = (bridge, None)
         bridge = self._bridges[key][0]
         bridge.migrations[name] = plan.fleet.tenant
-        wake = self._wake.setdefault(name, asyncio.Event())
         runner = self._runner(stored, plan, bridge)
-        task = asyncio.create_task(rounds_forever(runner, wake), name=f"migration {name}")
-        self._running[name] = (bridge, runner, task)
+        self._running[name] = (bridge, runner)
         log.info("migration_taken_up", migration=name, phase=stored.state.phase.value)
+        return asyncio.create_task(rounds_forever(runner, wake), name=f"migration {name}")
 
     def _runner(self, stored: StoredMigration, plan: Plan, bridge: Bridge) -> Runner:
         settings = self._ctx.settings
@@ -301,7 +251,7 @@ class Controller:
             else:
                 self._unreleased = unreleased
                 self._rules = {name: rules for name, rules in self._rules.items() if name in unreleased}
-        for name, (bridge, runner, _) in self._running.items():
+        for name, (bridge, runner) in self._running.items():
             rules = runner.plan.parity
             if self._rules.get(name) != rules:
                 try:
@@ -312,10 +262,8 @@ class Controller:
                 else:
                     self._rules[name] = rules
 
-    async def _stop(self, name: str) -> None:
-        bridge, _, task = self._running.pop(name)
-        self._wake.pop(name, None)
-        await end([task])
+    async def let_go(self, name: str) -> None:
+        bridge, _ = self._running.pop(name)
         bridge.migrations.pop(name, None)
 
     async def _tend_bridges(self) -> None:

@@ -6,7 +6,7 @@ Every function takes a connection to the engine's database and leaves transactio
 
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 import asyncpg
 import msgspec
@@ -28,14 +28,31 @@ from fleetlift.store import claims
 from fleetlift.store.claims import BUSY
 from fleetlift.store.pool import Conn
 
+Point = TypeVar("Point", bound=msgspec.Struct)
+
 # Told by NOTIFY when a person asked for something; the controller need not wait for its next round.
 REQUEST_CHANNEL = "engine_request"
+
+
+class Headline(Protocol):
+    """What the states of both kinds of migrations have."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def phase(self) -> Phase: ...
+
+
+FLEET, TENANT = "fleet", "tenant"
+"""Kinds of migrations: devices move by waves, or a tenant's data and names do."""
 
 
 class StoredMigration(msgspec.Struct, frozen=True, kw_only=True):
     """One row of `engine.migration`. `state.members` is empty unless `load` read them.
 
-    `version` is the optimistic guard that `commit` wants back.
+    `version` is the optimistic guard that `commit` wants back. Of a tenant's move `state` has what both kinds
+    have; `store/tenant_moves.py` reads the whole.
     """
 
     name: str
@@ -46,6 +63,7 @@ class StoredMigration(msgspec.Struct, frozen=True, kw_only=True):
     created_by: str
     created_at: float
     updated_at: float
+    kind: str = FLEET
     state: MigrationState
     gates: tuple[GateResult, ...] = ()
 
@@ -63,7 +81,7 @@ def _json(value: object) -> str:
 
 
 _HEAD = (
-    "SELECT name, tenant, plan, plan_version, version, created_by, created_at, updated_at, "
+    "SELECT name, tenant, plan, plan_version, version, created_by, created_at, updated_at, kind, "
     "state::text AS state, gates::text AS gates FROM engine.migration"
 )
 
@@ -78,6 +96,7 @@ def _stored(row: asyncpg.Record) -> StoredMigration:
         created_by=row["created_by"],
         created_at=row["created_at"].timestamp(),
         updated_at=row["updated_at"].timestamp(),
+        kind=row["kind"],
         state=msgspec.json.decode(row["state"], type=MigrationState),
         gates=msgspec.json.decode(row["gates"], type=tuple[GateResult, ...]),
     )
@@ -114,22 +133,15 @@ async def create(
     """
     async with conn.transaction():
         await claims.claim(conn, state.name, [m.device for m in state.members.values() if _takes_part(m)])
-        made = await conn.fetchval(
-            "INSERT INTO engine.migration "
-            "(name, tenant, plan, phase, state, created_by, created_at, updated_at)"
-            " VALUES ($1, $2, $3, $4, $5::text::jsonb, $6, $7, $7) ON CONFLICT (name) DO NOTHING RETURNING 1",
-            state.name,
-            tenant,
-            plan,
-            state.phase.value,
-            _json(msgspec.structs.replace(state, members={})),
-            created_by,
-            _time(now),
+        await add_head(
+            conn,
+            msgspec.structs.replace(state, members={}),
+            kind=FLEET,
+            tenant=tenant,
+            plan=plan,
+            created_by=created_by,
+            now=now,
         )
-        if made is None:
-            raise Conflict(
-                f"a migration named {state.name!r} exists already: choose another name in the plan"
-            )
         await conn.copy_records_to_table(
             "member",
             schema_name="engine",
@@ -163,8 +175,67 @@ async def create(
                 for m in state.members.values()
             ],
         )
-        await _add_plan(conn, state.name, 1, plan, now)
         await audit_log.add(conn, state.name, audit, now)
+
+
+async def add_head(
+    conn: Conn, state: Headline, *, kind: str, tenant: str, plan: str, created_by: str, now: float
+) -> None:
+    """The row of a new migration and its plan. Conflict when the name is taken."""
+    made = await conn.fetchval(
+        "INSERT INTO engine.migration "
+        "(name, tenant, plan, phase, state, created_by, created_at, updated_at, kind)"
+        " VALUES ($1, $2, $3, $4, $5::text::jsonb, $6, $7, $7, $8) ON CONFLICT (name) DO NOTHING RETURNING 1",
+        state.name,
+        tenant,
+        plan,
+        state.phase.value,
+        _json(state),
+        created_by,
+        _time(now),
+        kind,
+    )
+    if made is None:
+        raise Conflict(f"a migration named {state.name!r} exists already: choose another name in the plan")
+    await _add_plan(conn, state.name, 1, plan, now)
+
+
+async def put_head(
+    conn: Conn,
+    state: Headline,
+    *,
+    version: int,
+    gates: Sequence[GateResult],
+    answered: Sequence[int],
+    plan: str | None,
+    now: float,
+) -> asyncpg.Record:
+    """Write the row of a decision, in the caller's transaction, and mark its requests as answered; `plan`
+    replaces the plan. Returns version, plan and plan_version. Conflict unless `version` is what is stored."""
+    row: asyncpg.Record | None = await conn.fetchrow(
+        "UPDATE engine.migration SET state = $3::text::jsonb, phase = $4, gates = $5::text::jsonb, "
+        "updated_at = $6, version = version + 1, plan = coalesce($7, plan), "
+        "plan_version = plan_version + ($7 IS NOT NULL)::int "
+        "WHERE name = $1 AND version = $2 RETURNING version, plan, plan_version",
+        state.name,
+        version,
+        _json(state),
+        state.phase.value,
+        _json(list(gates)),
+        _time(now),
+        plan,
+    )
+    if row is None:
+        raise Conflict(f"migration {state.name!r} was changed by another controller meanwhile: read it again")
+    if answered:
+        await conn.execute(
+            "UPDATE engine.request SET answered_at = $2 WHERE id = ANY($1::bigint[]) AND answered_at IS NULL",
+            list(answered),
+            _time(now),
+        )
+    if plan is not None:
+        await _add_plan(conn, state.name, row["plan_version"], plan, now)
+    return row
 
 
 async def head(conn: Conn, name: str) -> StoredMigration:
@@ -198,10 +269,11 @@ async def listed(
 
 
 async def unreleased(conn: Conn) -> dict[str, int]:
-    """Names and plan versions of the migrations that the controller still looks after."""
+    """Names and plan versions of the fleets' migrations that the controller still looks after."""
     rows = await conn.fetch(
-        "SELECT name, plan_version FROM engine.migration WHERE phase <> $1 ORDER BY created_at",
+        "SELECT name, plan_version FROM engine.migration WHERE phase <> $1 AND kind = $2 ORDER BY created_at",
         Phase.RELEASED.value,
+        FLEET,
     )
     return {row["name"]: row["plan_version"] for row in rows}
 
@@ -236,23 +308,15 @@ async def commit(
     async with conn.transaction():
         if after.phase in BUSY:
             await claims.claim(conn, before.name, joining)
-        row = await conn.fetchrow(
-            "UPDATE engine.migration SET state = $3::text::jsonb, phase = $4, gates = $5::text::jsonb, "
-            "updated_at = $6, version = version + 1, plan = coalesce($7, plan), "
-            "plan_version = plan_version + ($7 IS NOT NULL)::int "
-            "WHERE name = $1 AND version = $2 RETURNING version, plan, plan_version",
-            before.name,
-            before.version,
-            _json(msgspec.structs.replace(after, members={})),
-            after.phase.value,
-            _json(list(gates)),
-            _time(now),
-            plan,
+        row = await put_head(
+            conn,
+            msgspec.structs.replace(after, members={}),
+            version=before.version,
+            gates=gates,
+            answered=answered,
+            plan=plan,
+            now=now,
         )
-        if row is None:
-            raise Conflict(
-                f"migration {before.name!r} was changed by another controller meanwhile: read it again"
-            )
         if changed:
             await _put_members(conn, before.name, changed)
         if gone:
@@ -261,15 +325,6 @@ async def commit(
                 before.name,
                 gone,
             )
-        if answered:
-            await conn.execute(
-                "UPDATE engine.request SET answered_at = $2 "
-                "WHERE id = ANY($1::bigint[]) AND answered_at IS NULL",
-                list(answered),
-                _time(now),
-            )
-        if plan is not None:
-            await _add_plan(conn, before.name, row["plan_version"], plan, now)
         await audit_log.add(conn, before.name, audit, now)
     return msgspec.structs.replace(
         before,
@@ -457,7 +512,7 @@ async def highest_epoch(conn: Conn) -> int:
     )
 
 
-async def add_sample(conn: Conn, name: str, at: float, point: TimelinePoint) -> None:
+async def add_sample(conn: Conn, name: str, at: float, point: msgspec.Struct) -> None:
     await conn.execute(
         "INSERT INTO engine.sample (migration, at, data) VALUES ($1, $2, $3::text::jsonb) "
         "ON CONFLICT (migration, at) DO NOTHING",
@@ -471,6 +526,13 @@ async def samples(
     conn: Conn, name: str, *, since: float = 0.0, limit: int = 100_000
 ) -> list[tuple[float, TimelinePoint]]:
     """The timeline's points after `since`, oldest first."""
+    return await samples_of(conn, name, TimelinePoint, since=since, limit=limit)
+
+
+async def samples_of(
+    conn: Conn, name: str, kind: type[Point], *, since: float = 0.0, limit: int = 100_000
+) -> list[tuple[float, Point]]:
+    """The same, of a migration whose points are of that kind."""
     rows = await conn.fetch(
         "SELECT at, data::text AS data FROM engine.sample WHERE migration = $1 AND at > $2 "
         "ORDER BY at LIMIT $3",
@@ -478,5 +540,5 @@ async def samples(
         _time(since),
         limit,
     )
-    decode = msgspec.json.Decoder(TimelinePoint).decode
+    decode = msgspec.json.Decoder(kind).decode
     return [(row["at"].timestamp(), decode(row["data"])) for row in rows]
