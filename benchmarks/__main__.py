@@ -29,6 +29,12 @@ BENCHES = (
     "gap",
     "simulation_speedup",
     "serve",
+    "tenant_copy",
+    "tenant_follow",
+    "tenant_verify",
+    "tenant_freeze",
+    "load_vs_locust",
+    "load_10k",
 )
 
 

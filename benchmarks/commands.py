@@ -13,12 +13,11 @@ import asyncpg
 import msgspec
 
 from benchmarks.bench import Bench
-from benchmarks.clients import Device, Load, OpenModel, child, connected, generate
-from benchmarks.figures import BenchFailed, Figure, Measured
-from benchmarks.ingest import register, too_busy
-from benchmarks.ladder import highest
+from benchmarks.clients import Device, Load, OpenModel, child, connected
+from benchmarks.figures import Figure, Measured
+from benchmarks.ingest import register
 from benchmarks.limits import orders_per_s
-from benchmarks.processes import Profile
+from benchmarks.sustained import Kind, sustained
 from fleetlift.core import mqtt
 from fleetlift.testing import running_backend
 
@@ -27,7 +26,6 @@ CONNECTIONS = 32
 TARGET = 1000.0
 RATES = (100.0, 200.0, 300.0, 400.0, 500.0, 600.0, 700.0, 850.0, TARGET, 1200.0, 1400.0, 1700.0, 2000.0)
 P99_MAX_S = 0.5
-SUSTAINED_S = 30.0
 
 FIGURES = (
     Figure(
@@ -46,6 +44,16 @@ FIGURES = (
         means="from the intended request to the final state stored, at that rate",
         limit="the p99 of one such row inserted and brought to its end alone, in two transactions",
     ),
+)
+
+
+KIND = Kind(
+    module="benchmarks.commands",
+    noun="commands",
+    path="request to final state",
+    rates=RATES,
+    target=TARGET,
+    p99_max_s=P99_MAX_S,
 )
 
 
@@ -158,31 +166,16 @@ async def commands(spec: Spec) -> Load:
     return await model.run(requests.send)
 
 
-class Trial(msgspec.Struct, frozen=True, kw_only=True):
-    load: Load
-    profile: Profile
-
-    @property
-    def problem(self) -> str:
-        load = self.load
-        if load.answered != load.sent:
-            return f"{load.sent - load.answered} of {load.sent} commands did not come to their end"
-        return f"p99 {load.p99_s:.2f} s" if load.p99_s > P99_MAX_S else ""
-
-
 async def run(bench: Bench) -> list[Measured]:
     async with running_backend(bench.directory / "backend") as backend:
         connection = await asyncpg.connect(backend.settings.database_url)
         try:
             devices = await register(connection, DEVICES)
-            ended = 0
+            host, port = backend.mqtt
+            web, _, web_port = backend.url.partition("://")[2].rpartition(":")
 
-            async def trial(rate: float, seconds: float) -> Trial:
-                nonlocal ended
-                bench.progress(f"{rate:,.0f} commands a second for {seconds:.0f} s")
-                host, port = backend.mqtt
-                web, _, web_port = backend.url.partition("://")[2].rpartition(":")
-                spec = Spec(
+            def spec(rate: float, seconds: float) -> Spec:
+                return Spec(
                     host=host,
                     port=port,
                     devices=devices,
@@ -191,42 +184,20 @@ async def run(bench: Bench) -> list[Measured]:
                     rate=rate,
                     seconds=seconds,
                 )
-                roots = {"serve": backend.pid}
-                async with bench.profiled(f"{rate:,.0f} commands a second", roots) as profile:
-                    load = await generate(
-                        "benchmarks.commands", spec, lambda pid: roots.update(generator=pid)
-                    )
-                bench.profiles.pop()
-                if load.refused:
-                    raise BenchFailed(f"{load.refused} commands were refused by the API")
-                ended += load.answered
-                stored = await connection.fetchval("SELECT count(*) FROM command WHERE status = 'succeeded'")
-                if stored < ended:
-                    raise BenchFailed(f"{ended} commands came to their end, and {stored} are stored so")
-                ended = int(stored)  # in a trial that failed some may have ended later
-                return Trial(load=load, profile=profile)
 
-            rate, proof, tried = await highest(
-                RATES, TARGET, trial, short_s=bench.seconds(8.0, 4.0), long_s=bench.seconds(SUSTAINED_S)
-            )
+            async def stored() -> int:
+                return int(
+                    await connection.fetchval("SELECT count(*) FROM command WHERE status = 'succeeded'")
+                )
+
+            found = await sustained(bench, backend, KIND, spec, stored)
             bench.progress("the same rows by PostgreSQL alone")
             alone, alone_s = await orders_per_s(connection, '{"door":1}')
         finally:
             await connection.close()
-    bench.profiles.append(proof.profile)
-    load = proof.load
-    notes = (
-        f"{load.sent:,} commands to {DEVICES} devices, every one succeeded"
-        if not proof.problem
-        else f"not sustained: {proof.problem}",
-        f"request to final state: p50 {load.p50_s * 1000:.0f} ms, p99 {load.p99_s * 1000:.0f} ms, longest "
-        f"{load.max_s * 1000:.0f} ms; the generator was late by {load.late_p99_s * 1000:.0f} ms (p99)",
-        "p99 of each trial: " + ", ".join(f"{r:,.0f}: {t.load.p99_s:.2f} s" for r, t in tried),
-    )
-    invalid = proof.problem or load.late or too_busy(proof.profile)
     return [
-        Measured(name="commands_s", value=rate, limit=alone, invalid=invalid, notes=notes),
-        Measured(name="commands_p99_s", value=load.p99_s, limit=alone_s, invalid=invalid),
+        Measured(name="commands_s", value=found.rate, limit=alone, invalid=found.invalid, notes=found.notes),
+        Measured(name="commands_p99_s", value=found.load.p99_s, limit=alone_s, invalid=found.invalid),
     ]
 
 

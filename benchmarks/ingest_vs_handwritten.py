@@ -103,7 +103,7 @@ async def peer(directory: Path) -> AsyncIterator[tuple[tuple[str, int], Conn, di
         )
         broker = await asyncio.create_subprocess_exec(find_mosquitto(), "-c", str(configuration))
         stack.push_async_callback(_ended, broker)
-        await _listening(port)
+        await listening(port)
         consumer = await asyncio.create_subprocess_exec(
             *(sys.executable, "-m", "benchmarks.handwritten"),
             stdin=asyncio.subprocess.PIPE,
@@ -127,7 +127,7 @@ async def _ended(process: asyncio.subprocess.Process) -> None:
     await process.wait()
 
 
-async def _listening(port: int, within_s: float = 10.0) -> None:
+async def listening(port: int, within_s: float = 10.0) -> None:
     deadline = time.monotonic() + within_s
     while True:
         try:

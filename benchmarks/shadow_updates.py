@@ -10,12 +10,11 @@ import asyncpg
 import msgspec
 
 from benchmarks.bench import Bench
-from benchmarks.clients import Device, Load, OpenModel, child, connected, generate
-from benchmarks.figures import BenchFailed, Figure, Measured
-from benchmarks.ingest import register, too_busy
-from benchmarks.ladder import highest
+from benchmarks.clients import Device, Load, OpenModel, child, connected
+from benchmarks.figures import Figure, Measured
+from benchmarks.ingest import register
 from benchmarks.limits import upserts_per_s
-from benchmarks.processes import Profile
+from benchmarks.sustained import Kind, sustained
 from fleetlift.core import mqtt
 from fleetlift.testing import running_backend
 
@@ -37,7 +36,6 @@ RATES = (
     10_000.0,
 )
 P99_MAX_S = 1.0
-SUSTAINED_S = 30.0
 _BODY = (
     b'{"state":{"reported":{"n":%d,"soc":78.5,"lat":47.137421,"lon":8.542319,"locked":true,"cabin":21.5}},'
     b'"clientToken":"%d"}'
@@ -53,6 +51,16 @@ FIGURES = (
         means="shadow updates by MQTT accepted, sustained for 30 s with a p99 below 1 s",
         limit="PostgreSQL alone replacing the same documents, 50 a transaction, one connection",
     ),
+)
+
+
+KIND = Kind(
+    module="benchmarks.shadow_updates",
+    noun="updates",
+    path="update to accepted",
+    rates=RATES,
+    target=TARGET,
+    p99_max_s=P99_MAX_S,
 )
 
 
@@ -90,68 +98,34 @@ async def updates(spec: Spec) -> Load:
     return await model.run(send)
 
 
-class Trial(msgspec.Struct, frozen=True, kw_only=True):
-    load: Load
-    profile: Profile
-
-    @property
-    def problem(self) -> str:
-        load = self.load
-        if load.answered != load.sent:
-            return f"{load.sent - load.answered} of {load.sent} updates were not accepted"
-        return f"p99 {load.p99_s:.2f} s" if load.p99_s > P99_MAX_S else ""
-
-
 async def run(bench: Bench) -> list[Measured]:
     async with running_backend(bench.directory / "backend") as backend:
         connection = await asyncpg.connect(backend.settings.database_url)
         try:
             devices = await register(connection, DEVICES)
-            accepted = 0
+            host, port = backend.mqtt
 
-            async def trial(rate: float, seconds: float) -> Trial:
-                nonlocal accepted
-                bench.progress(f"{rate:,.0f} updates a second for {seconds:.0f} s")
-                host, port = backend.mqtt
-                spec = Spec(host=host, port=port, devices=devices, rate=rate, seconds=seconds)
-                roots = {"serve": backend.pid}
-                async with bench.profiled(f"{rate:,.0f} updates a second", roots) as profile:
-                    load = await generate(
-                        "benchmarks.shadow_updates", spec, lambda pid: roots.update(generator=pid)
-                    )
-                bench.profiles.pop()
-                if load.refused:
-                    raise BenchFailed(f"{load.refused} updates were refused")
-                accepted += load.answered
-                stored = await connection.fetchval(
-                    "SELECT coalesce(sum(version), 0) FROM shadow WHERE name = ''"
+            async def stored() -> int:
+                return int(
+                    await connection.fetchval("SELECT coalesce(sum(version), 0) FROM shadow WHERE name = ''")
                 )
-                if stored < accepted:
-                    raise BenchFailed(
-                        f"{accepted} updates were accepted, and the versions sum up to {stored}"
-                    )
-                accepted = int(stored)  # some may have come to nobody in a trial that failed
-                return Trial(load=load, profile=profile)
 
-            rate, proof, tried = await highest(
-                RATES, TARGET, trial, short_s=bench.seconds(8.0, 4.0), long_s=bench.seconds(SUSTAINED_S)
+            found = await sustained(
+                bench,
+                backend,
+                KIND,
+                lambda rate, seconds: Spec(host=host, port=port, devices=devices, rate=rate, seconds=seconds),
+                stored,
             )
             bench.progress("the same documents by PostgreSQL alone")
             alone = await upserts_per_s(connection, (_BODY % (1, 1)).decode(), DEVICES)
         finally:
             await connection.close()
-    bench.profiles.append(proof.profile)
-    load = proof.load
-    notes = (
-        f"{load.sent:,} updates of {DEVICES} devices, every one accepted and stored"
-        if not proof.problem
-        else f"not sustained: {proof.problem}",
-        f"update to accepted: p50 {load.p50_s * 1000:.0f} ms, p99 {load.p99_s * 1000:.0f} ms, longest "
-        f"{load.max_s * 1000:.0f} ms; the generator was late by {load.late_p99_s * 1000:.0f} ms (p99)",
-        "p99 of each trial: " + ", ".join(f"{r:,.0f}: {t.load.p99_s:.2f} s" for r, t in tried),
-    )
-    invalid = proof.problem or load.late or too_busy(proof.profile)
-    return [Measured(name="shadow_updates_s", value=rate, limit=alone, invalid=invalid, notes=notes)]
+    return [
+        Measured(
+            name="shadow_updates_s", value=found.rate, limit=alone, invalid=found.invalid, notes=found.notes
+        )
+    ]
 
 
 if __name__ == "__main__":

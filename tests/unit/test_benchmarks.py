@@ -107,8 +107,8 @@ def test_every_bench_that_there_is_names_its_figures_with_target_and_direction()
     assert len(names) == len(set(names))
     assert {"ingest_msg_s", "ingest_p99_s", "ingest_vs_handwritten", "gap_s"} <= set(names)
     assert {"serve_first_s", "serve_again_s"} <= set(names)
-    assert all(figure.target > 0 and figure.means for figure in figures)
-    assert all(re.fullmatch(r"[a-z][a-z0-9_]*", name) and len(name) <= 22 for name in names)
+    assert all(figure.target >= 0 and figure.means for figure in figures)
+    assert all(re.fullmatch(r"[a-z][a-z0-9_]*", name) and len(name) <= 24 for name in names)
 
 
 # -- what is kept -----------------------------------------------------------------------------------------
