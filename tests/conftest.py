@@ -3,6 +3,7 @@
 import asyncio
 from collections.abc import AsyncIterator, Iterator
 
+import hypothesis
 import msgspec
 import pytest
 import pytest_asyncio
@@ -18,6 +19,13 @@ from fleetlift.testing import (
     running_backend,
     scratch_directory,
 )
+
+hypothesis.settings.register_profile(
+    "house", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]
+)
+hypothesis.settings.load_profile(
+    "house"
+)  # how long an example takes is the machine's matter, not the property's
 
 
 @pytest.fixture(scope="session")

@@ -5,6 +5,7 @@ of minutes is in earnest.
 """
 
 import asyncio
+import time
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -167,10 +168,10 @@ async def test_the_old_side_unreachable_at_the_start_in_a_wave_and_during_a_reve
         for proxy in links.old_side:
             await proxy.refuse()
         await world.call("POST", "/migrations/small/revert")
-        await asyncio.sleep(3)
-        assert all(shell.agent.flags == Flags() for shell in world.fleet.shells.values()), (
-            "the new side has told them"
-        )
+        told = time.monotonic() + 20
+        while not all(shell.agent.flags == Flags() for shell in world.fleet.shells.values()):
+            assert time.monotonic() < told, "the new side has told them"
+            await asyncio.sleep(0.1)
         for proxy in links.old_side:
             await proxy.accept()
         await world.until(lambda s: s["phase"] == "reverted", within_s=40)
@@ -221,6 +222,6 @@ async def test_half_open_cut_and_overtaken_connections() -> None:
             proxy.cut(reset=False)
         await nobody_is_stranded(world)
         status = world.fleet.status()
-        assert status.longest_gap_s < GAP_S + 1.0, status.longest_gap_device
+        assert status.longest_gap_s < GAP_S + 5.0, status.longest_gap_device
         assert (status.connected_old, status.connected_new) == (len(world.devices),) * 2
         await all_is_accounted_for(world)

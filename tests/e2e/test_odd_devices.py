@@ -39,7 +39,7 @@ steps:
   - move: commands
     stages: [new]
     waves: [100%]
-    bake: 9s
+    bake: 30s
     gates: [devices.silent == 0, connections.flapping <= 1]
 """
 
@@ -211,7 +211,7 @@ async def test_a_full_flash_wrong_clocks_a_twin_and_a_reinstallation() -> None:
             talking.cancel()
         await twin.stop()
 
-        done = await world.until(lambda s: s["phase"] in ("finished", "held"), within_s=40)
+        done = await world.until(lambda s: s["phase"] in ("finished", "held"), within_s=80)
         assert (done["phase"], done["reverts"], done["stragglers_total"]) == ("finished", 0, 0), done[
             "reason"
         ]

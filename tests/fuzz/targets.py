@@ -19,10 +19,27 @@ from fleetlift.api.migrations import PlanIn, ReleaseIn, ResumeIn, RevertIn
 from fleetlift.api.problems import INTERNAL, kind_of
 from fleetlift.backend import registry
 from fleetlift.bus import subjects
-from fleetlift.core import command, gates, legacy, mqtt, shadow, telemetry, units, where
+from fleetlift.core import (
+    capture,
+    command,
+    dns,
+    gates,
+    legacy,
+    masking,
+    mqtt,
+    peek,
+    relaying,
+    shadow,
+    telemetry,
+    units,
+    where,
+)
 from fleetlift.core.errors import BadInput, FleetError
 from fleetlift.core.orders import DeviceReport, Orders
+from fleetlift.core.tenant import pgoutput
 from fleetlift.edge import permits
+from fleetlift.levers import rfc2136
+from fleetlift.load import capture_file
 from fleetlift.migrate import journal
 from fleetlift.migrate.planfile import parse_plan
 from fleetlift.store.paging import from_cursor
@@ -268,6 +285,75 @@ def topics(data: bytes) -> None:
     assert not any(sign in subject for sign in "*> \t\r\n")
 
 
+def captures(data: bytes) -> None:
+    """A segment as a killed recorder, a disk or a stranger leaves it: what is recovered can be read whole."""
+    with tempfile.TemporaryDirectory(dir=_memory()) as name:
+        directory = Path(name)
+        capture_file.write_manifest(directory, capture.Manifest(id="c", started_at_s=NOW, until_s=NOW))
+        (directory / capture.segment_name(1, is_open=True)).write_bytes(data)
+        manifest = capture_file.recover(directory).manifest
+        assert sum(1 for _ in capture_file.read_capture(directory)) == manifest.messages
+        closed = capture.Segment(
+            capture="c", number=1, records=1, first_at_s=NOW, last_at_s=NOW, sha256="0" * 64
+        )
+        (directory / closed.name).write_bytes(data)
+        with contextlib.suppress(capture.DamagedCapture):
+            for _ in capture_file.read_segment(directory, closed):
+                pass
+
+
+def masked_bodies(data: bytes) -> None:
+    """Bodies and topics of anything, masked: never an error, and masking again changes nothing more."""
+    masker = masking.Masker(masking.Rules(), b"k" * 32)
+    once, _ = masker.payload(data, "car-1")
+    assert masker.payload(once, "car-1")[0] == once
+    masker.topic(data.decode("utf-8", "replace"), "car-1")
+
+
+def first_bytes(data: bytes) -> None:
+    """What a new connection to the relay begins with, cut anywhere: more bytes change no answer."""
+    found = peek.peek(data)
+    if found is not None and len(data) < peek.PEEK_BYTES_MAX:
+        assert peek.peek(data + b"x") == found
+    if data:
+        earlier = peek.peek(data[: data[-1] % len(data)])
+        assert earlier is None or earlier == found or len(data) >= peek.PEEK_BYTES_MAX
+    if found is not None:
+        relaying.Router(relaying.Routes(share_percent=50)).side(relaying.client_of(found, "192.0.2.1"))
+
+
+def relay_routes(data: bytes) -> None:
+    """A routing table of the relay, as its API takes it and as it lies on disk."""
+    with contextlib.suppress(msgspec.DecodeError, UnicodeDecodeError, BadInput):
+        routes = relaying.checked_routes(msgspec.json.decode(data, type=relaying.Routes))
+        assert msgspec.json.decode(msgspec.json.encode(routes), type=relaying.Routes) == routes
+        relaying.Router(routes).side("car-1")
+
+
+def dns_names(data: bytes) -> None:
+    """Names, addresses and TSIG keys as people give them."""
+    text = text_of(data)
+    for read in (dns.checked_name, rfc2136.parse_key):
+        with contextlib.suppress(BadInput):
+            read(text)
+    for kind in dns.RecordType:
+        with contextlib.suppress(BadInput):
+            dns.checked_values(kind, [text])
+
+
+def replication_messages(data: bytes) -> None:
+    """Messages of PostgreSQL's logical replication, one behind its length each."""
+    at = 0
+    while at < len(data):
+        message = data[at + 1 : at + 1 + data[at]]
+        at += 1 + data[at]
+        try:
+            found = pgoutput.decode(message)
+        except BadInput:
+            continue
+        assert pgoutput.decode(pgoutput.encode(found)) == found
+
+
 def _memory() -> str | None:
     """A directory in memory, where there is one."""
     return "/dev/shm" if Path("/dev/shm").is_dir() else None
@@ -290,4 +376,10 @@ TARGETS: dict[str, Target] = {
     "cursors": cursors,
     "sign-in": sign_ins,
     "topics": topics,
+    "pgoutput": replication_messages,
+    "capture": captures,
+    "masking": masked_bodies,
+    "first-bytes": first_bytes,
+    "relay-routes": relay_routes,
+    "dns-names": dns_names,
 }

@@ -187,9 +187,12 @@ async def test_the_position_is_noted_only_for_what_the_log_holds(
         await until(current)
         held = await bridge.position()
         one.telemetry(0, 100)
-        await asyncio.sleep(0.5)
+
+        async def not_followed() -> bool:
+            return "not being followed" in bridge.feed_behind(5.0)
+
+        await until(not_followed)
         assert await bridge.position() == held
-        assert "not being followed" in bridge.feed_behind(5.0)
         refuse = False
 
         async def all_there() -> bool:
@@ -241,7 +244,7 @@ async def test_a_command_goes_by_the_old_side_and_its_answer_comes_back(
 
         started = time.monotonic()
         await until(ended)
-        assert time.monotonic() - started < 2.0
+        assert time.monotonic() - started < 10
         assert one.executed == [asked.id]
         [path] = (await commands.get_command(ctx, asked.id)).paths
         assert path.detail.get("door") == "closed" or "door" in str(path.detail)
@@ -405,7 +408,7 @@ async def test_a_feed_that_went_silent_counts_as_behind_and_a_quiet_one_does_not
             position = await bridge.position()
             for _ in range(45):  # quiet, for longer than three signs of life
                 await asyncio.sleep(0.1)
-                assert await current(), bridge.feed_behind(1.0)
+                assert bridge.feed_behind(3.0) == ""
             assert await bridge.position() == position, "a sign of life is nothing to note"
 
             proxy.half_open()
@@ -415,8 +418,8 @@ async def test_a_feed_that_went_silent_counts_as_behind_and_a_quiet_one_does_not
             async def silent() -> bool:
                 return "no sign of life" in bridge.feed_behind(1.0)
 
-            await until(silent, 5)
-            assert time.monotonic() - struck < 4.5
+            await until(silent, 9)
+            assert time.monotonic() - struck < 9
             assert "no sign of life" not in bridge.feed_behind(60.0), "the grace is longer"
             proxy.cut()
 

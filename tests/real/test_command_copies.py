@@ -1,6 +1,7 @@
 """Which copies of a command are stored: the first is for who listens now, and whatever becomes of it, one
 that waits for the device follows."""
 
+import asyncio
 import time
 
 import msgspec
@@ -83,6 +84,9 @@ async def test_a_live_copy_that_nobody_took_is_followed_by_a_stored_one(
     if noticed:
         await said(ctx, "car-1", connected=False)
     await eventually(ctx, made.id, lambda command: command.paths[0].attempts == 2)
+    async with asyncio.timeout(10):  # it is noted before it is sent
+        while not await stored_copies(ctx, made.id):  # noqa: ASYNC110
+            await asyncio.sleep(0.02)
     assert await stored_copies(ctx, made.id) == 1
     await said(ctx, "car-1", connected=False)  # from here on, no other copy comes
     async with car(ctx, "car-1", clean=False) as one:

@@ -556,7 +556,7 @@ async def test_a_free_query_gives_one_number_and_changes_nothing(
     started = time.monotonic()
     sample = (await measurer.samples([gate], wave("car-1"), rungs(TELEMETRY), NOW))[gate.text]
     assert sample.value == value
-    assert time.monotonic() - started < 6
+    assert time.monotonic() - started < 25
 
 
 async def test_a_prometheus_server_that_is_away_is_no_data(measurer: Measurer) -> None:
