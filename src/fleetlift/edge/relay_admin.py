@@ -15,6 +15,7 @@ import contextlib
 import hmac
 import ipaddress
 import secrets
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, MutableMapping
 from pathlib import Path
 from typing import Any, Final
@@ -97,6 +98,7 @@ class AdminApp:
                 limit = max(1, min(PAGE_MAX, int(_number(query.get("limit", "1000")))))
                 found = relay.visitors.stragglers(
                     relay.routes,
+                    time.time(),
                     since=_number(query.get("since", "0")),
                     after=query.get("after", ""),
                     limit=limit + 1,

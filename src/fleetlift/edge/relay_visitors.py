@@ -166,23 +166,24 @@ class Visitors:
             self._db.close()
 
     def stragglers(
-        self, routes: Routes, *, since: float = 0.0, after: str = "", limit: int = 1000
+        self, routes: Routes, now: float, *, since: float = 0.0, after: str = "", limit: int = 1000
     ) -> list[Straggler]:
-        """Clients seen at the old address since `since`, in the order of their names, behind `after`."""
+        """Clients seen at the old address since `since`, in the order of their names, behind `after`. Whose
+        connection is open is seen now."""
         names = sorted(
             name
             for name, one in self.by_client.items()
             if name > after and (one.last_seen >= since or _open(one))
         )
-        return [self._straggler(self.by_client[name], routes) for name in names[:limit]]
+        return [self._straggler(self.by_client[name], routes, now) for name in names[:limit]]
 
-    def _straggler(self, one: Visitor, routes: Routes) -> Straggler:
+    def _straggler(self, one: Visitor, routes: Routes, now: float) -> Straggler:
         return Straggler(
             client=one.client,
             peer=one.peer,
             protocol=one.protocol,
             first_seen=one.first_seen,
-            last_seen=max(one.last_seen, self.until) if _open(one) else one.last_seen,
+            last_seen=max(one.last_seen, now) if _open(one) else one.last_seen,
             last_opened=one.last_opened,
             connections=one.connections,
             open_old=one.open_old,

@@ -35,6 +35,7 @@ async def drain(move: Move, at: int) -> str:
         await relay.release(step.release_per_s)
         move.kill("drain-begun")
         while True:
+            now = time.time()  # before it is asked: whose connection is open then is seen later than this
             tail = await relay.tail(
                 await devices_of(move),
                 on_new=await last_on_new(move.backend, move.plan.tenant),
@@ -44,7 +45,7 @@ async def drain(move: Move, at: int) -> str:
             tail = replace(tail, strangers={})  # devices of other tenants come there, and stay
             found = may_release(
                 tail,
-                now=time.time(),
+                now=now,
                 epsilon=max(step.stale_share, SMALLEST_SHARE),
                 longest_sleep_s=step.quiet_s,
             )
