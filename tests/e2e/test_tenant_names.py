@@ -212,13 +212,13 @@ async def test_names_go_over_pool_first_and_who_pins_is_forwarded(world: World) 
         assert all(d.address == OLD_HOST for d in own), "the tenant's devices wait for their wave"
         await cast.ask("approve")
         await cast.until_step("switch: dns", "awaiting-approval", wave=1)
+        await until(lambda: sum(d.address == NEW_HOST for d in own) == len(own) - 1, "all but the pinned")
         await cast.ask("approve")
         found = await cast.until("finished")
         drained = found["steps"][-1]
         where = found["timeline"][-1]["point"]
         assert (where["at_old"], where["at_new"]) == (1, len(own)), where
         assert cast.pinned in drained["text"] and "forwarded" in drained["text"], drained
-        await until(lambda: sum(d.address == NEW_HOST for d in own) == len(own) - 1, "all but the pinned")
         assert next(d for d in own if d.device == cast.pinned).address == OLD_HOST
         async with world.relay_control() as relay:
             seen = {one.client: one for one in await relay.stragglers()}
@@ -248,7 +248,7 @@ async def test_a_breach_takes_names_routes_and_database_back(world: World) -> No
         await cast.fleet.stop()
         found = await cast.until("reverted")
         breach = await cast.until_event("gate_breached")
-        assert "devices.silent == 0" in breach and own[0].device in breach, breach
+        assert "devices.silent == 0" in breach and any(d.device in breach for d in own), breach
         assert await cast.read(cast.pair.source) == "written on the target"
         assert await cast.record() == before
         async with world.relay_control() as relay:

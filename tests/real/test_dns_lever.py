@@ -301,7 +301,7 @@ async def test_a_server_that_is_away_or_never_answers(server: DnsServer) -> None
     async with FaultProxy(split_address(server.address)) as proxy:
         address = f"{proxy.address[0]}:{proxy.address[1]}"
         move = DnsLever(provider(server, primary=address, timeout_s=0.3), IOT, within_s=1)
-        originals = await move.originals()
+        originals = await DnsLever(provider(server), IOT, within_s=1).originals()
         proxy.stalled = frozenset({UP})
         with pytest.raises(Unavailable, match=r"no answer within 0\.3 s"):
             await move.lower_ttl(originals)

@@ -132,7 +132,9 @@ class World:
                 {"tenant": tenant, "attributes": {"hardware": 3, "colour": f"colour-of-{tenant}"}},
             )
         await self.store_messages(tenant, 1, 4)
-        sent = await self.as_admin("POST", f"/devices/{one}/commands", {"name": f"wink-{tenant}"})
+        sent = await self.as_admin(
+            "POST", f"/devices/{one}/commands", {"name": f"wink-{tenant}", "expires_in": 86_400}
+        )
         self.commands[tenant] = sent["id"]
         shadow = {"state": {"desired": {f"wish-{tenant}": 1}}}
         for query in ("", "?name=cabin"):

@@ -156,9 +156,9 @@ async def test_a_starved_generator_makes_the_run_invalid(backend: RunningBackend
 
 
 async def test_more_than_a_core_can_do_makes_the_run_invalid(backend: RunningBackend) -> None:
-    """A message each 0.25 µs: no process gets through its loop that often, whatever the machine."""
+    """A message each 0.1 µs: no process gets through its loop that often, whatever the machine."""
     async with api_of(backend) as api, api.provisioned(4, "more", lambda *_: None) as logins:
-        asked = scenario(devices=4, rate="4000000/s", for_="250ms")
+        asked = scenario(devices=4, rate="10000000/s", for_="100ms")
         result = await run_load(asked, Target(url=mqtt_url(backend.mqtt), logins=logins), processes=1)
     assert result.invalid
     assert result.counts.balanced
