@@ -238,6 +238,33 @@ def test_without_a_reverse_stream_there_is_no_way_back_and_it_says_so() -> None:
     assert world.state.way_back == ""
 
 
+def test_a_breach_with_the_way_back_closed_holds_and_takes_no_names_back() -> None:
+    """They would lead devices to a database that takes nothing from them any more."""
+    world = World()
+    world.work(upto=DNS)
+    world.round(report=Report(work=Work(step=DNS), done=True))
+    world.sample = BAD
+    decision = world.round(stream_error="the slot is lost")
+    assert decision.want is None
+    assert world.state.phase is Phase.HELD
+    assert "devices.silent" in world.state.reason and "the slot is lost" in world.state.reason
+    assert world.state.way_back == "the slot is lost"
+
+
+def test_the_way_back_is_not_said_to_be_open_while_it_is_gone() -> None:
+    """Its own work looks after the stream, so that no error is heard of; gone, there is none to be closed."""
+    world = World()
+    world.work(upto=DNS)
+    world.ask(RequestKind.REVERT)
+    world.round(report=Report(work=Work(step=DNS, undo=True), done=True), stream_error="the target is away")
+    assert world.round().want == Work(step=DATABASE, undo=True)
+    assert world.state.way_back == "the target is away"
+    assert "way_back_open" not in world.kinds
+    world.work()
+    assert world.state.phase is Phase.REVERTED
+    assert world.state.way_back == ""
+
+
 def test_a_stream_that_stops_before_the_switch_holds_the_move() -> None:
     world = World()
     world.work(upto=FREEZE)
@@ -297,7 +324,7 @@ def test_a_release_cleans_and_is_over() -> None:
     for why in ("the source is away", "the source is away", "a slot is in use"):
         assert world.round(report=Report(work=CLEAN, error=why)).want == CLEAN
     assert world.kinds.count("clean_failed") == 2, "a reason is noted once, however often it is tried"
-    assert world.round(report=Report(work=CLEAN, done=True)).want is None
+    assert world.round(report=Report(work=CLEAN, done=True, text="nothing is left")).want is None
     assert world.state.cleaned
 
 

@@ -245,6 +245,11 @@ class _Deciding:
 
     def _watch_stream(self) -> None:
         error = self.seen.stream_error
+        taking_back = self.state.phase is Phase.REVERTING and isinstance(
+            self.plan.steps[self.at], SwitchDatabase
+        )
+        if taking_back:
+            return  # that work looks after the stream: not to hear of an error does not open the way back
         if switched(self.plan, self.state) or self.state.phase is Phase.FINISHED:
             if error != self.state.way_back:
                 self.change(way_back=error)
@@ -267,7 +272,7 @@ class _Deciding:
         if report.work == CLEAN:
             if report.done:
                 self.change(cleaned=True)
-                self.note("move_cleaned", "nothing of the move is left on either side", **report.figures)
+                self.note("move_cleaned", report.text, **report.figures)
             elif report.error and report.error != self.state.clean_error:
                 self.change(clean_error=report.error)
                 self.note("clean_failed", f"not everything could be removed yet: {report.error}")
@@ -352,13 +357,22 @@ class _Deciding:
         why = f"{first.gate}: {first.why}"
         name = wave_name(step, one.wave)
         self.note("gate_breached", f"{name}: {why}", gates={r.gate: r.why for r in breached}, step=self.at)
+        reason = f"gate breached: {why}"
         if self.plan.on_breach is OnBreach.REVERT and isinstance(step, SwitchDns):
-            self._turn_back(f"gate breached: {why}", "controller")
-        else:
-            self.change(phase=Phase.HELD, reason=f"gate breached: {why}")
+            if not self._no_way_back:
+                self._turn_back(reason, "controller")
+                return False
+            # Names alone would lead devices to a database that takes nothing from them any more.
+            reason += f"; it does not go back by itself, for the way back is closed: {self._no_way_back}"
+        self.change(phase=Phase.HELD, reason=reason)
         return False
 
     # -- back --------------------------------------------------------------------------------------------
+
+    @property
+    def _no_way_back(self) -> str:
+        """Why what was written on the target could not be brought back, or ""."""
+        return self.state.way_back if switched(self.plan, self.state) else ""
 
     def _turn_back(self, reason: str, actor: str) -> None:
         self.change(phase=Phase.REVERTING, reason=reason, reverts=self.state.reverts + 1, approved=False)
@@ -367,7 +381,7 @@ class _Deciding:
     def _go_back(self) -> None:
         touched = [i for i, one in enumerate(self.state.steps) if one.phase in TOUCHED]
         if not touched:
-            self.change(phase=Phase.REVERTED, rung=1)
+            self.change(phase=Phase.REVERTED, rung=1, way_back="")
             self.note("migration_reverted", "reverted: the source serves as before")
             return
         last = touched[-1]
@@ -435,8 +449,8 @@ def _approve(d: _Deciding, request: Request) -> str | None:
 def _revert(d: _Deciding, request: Request) -> str | None:
     if request.args.get("device") or request.args.get("wave"):
         return "a tenant goes back as a whole"
-    if d.state.way_back and switched(d.plan, d.state):
-        return f"there is no way back that loses nothing: {d.state.way_back}"
+    if d._no_way_back:
+        return f"there is no way back that loses nothing: {d._no_way_back}"
     d._turn_back(f"reverted by {request.actor}", request.actor)
     return None
 
