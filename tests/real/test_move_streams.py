@@ -20,7 +20,9 @@ from fleetlift.mover.streams import Streams
 from fleetlift.mover.wiring import StepWorks
 from fleetlift.store.embedded import EmbeddedPostgres
 from fleetlift.store.pool import Pool
+from fleetlift.tenant.fence import tag_of
 from fleetlift.tenant.follow import Direction, Follower
+from fleetlift.tenant.leftovers import clean
 from fleetlift.testing import scratch_directory
 from tenant_world import Pair, fresh_pair, running_postgres
 
@@ -70,6 +72,25 @@ async def test_the_end_of_one_way_back_leaves_that_of_another_move_alone(
         names = "SELECT string_agg(name, ', ' ORDER BY id) FROM item WHERE id IN (1, 3)"
         assert await value(pair.source, names) == "there, meanwhile"
         assert await value(pair.source, "SELECT to_regnamespace('fleetlift_move') IS NULL")
+
+
+async def test_what_only_the_target_has_is_not_dropped_when_the_source_was_opened(
+    moving: Moving, pair: Pair
+) -> None:
+    """As after a failover to a standby without the seal: a revert would take the source for up to date."""
+    await moving.start()
+    await moving.until_phase(Phase.FINISHED)
+    await run(pair.source, f"SELECT fleetlift_fence.unseal_{tag_of(moving.name)}()")
+    await run(pair.target, "UPDATE item SET name = 'only there' WHERE id = 2")
+    await moving.ask(RequestKind.REVERT)
+    state = await moving.until_phase(Phase.HELD)
+    assert "both sides may have taken writes" in state.reason
+    assert await value(pair.target, "SELECT name FROM item WHERE id = 2") == "only there"
+    slots = "SELECT count(*) FROM pg_replication_slots WHERE database = current_database()"
+    assert await value(pair.target, slots) == 1
+    await clean(pair.target, moving.name, other_url=pair.source)  # somebody gives the target up
+    await moving.ask(RequestKind.RESUME)
+    await moving.until_phase(Phase.REVERTED)
 
 
 async def test_each_way_back_puts_its_own_targets_identities_back(

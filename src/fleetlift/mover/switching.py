@@ -28,6 +28,12 @@ CAUGHT_UP_WITHIN_S: Final = 120.0
 TRIES: Final = 3
 AGAIN_S: Final = 1.0
 SERVES_ON: Final = "the source serves on"
+BOTH_OPEN: Final = (
+    "both sides may have taken writes: the source was sealed and is not any more (a failover to a standby "
+    "without the seal, or somebody opened it), and the target serves. To go back now would lose what was "
+    "written on the target. Bring over what is only there, give the target up ('fleetlift tenant clean "
+    "{move}' on it), and resume"
+)
 BACK_GAP: Final = 1  # the source's sequences are every tenant's: they need not be far ahead
 
 
@@ -202,6 +208,8 @@ async def undo_switch(move: Move, at: int, streams: Streams) -> str:
             if state.freeze_s is not None:
                 move.tell("back", back_freeze_s=state.freeze_s)
                 text += f"; writers stood still for {state.freeze_s:.2f} s"
+        elif move.facts(at).get("sealed") and facts.target in (Status.OPEN, Status.CLOSED):
+            raise Conflict(BOTH_OPEN.format(move=move.name))
         else:
             await source.thaw()
         text += _left_behind(move, await follower.not_carried())
