@@ -1,10 +1,13 @@
 """A rehearsal moves the test pool by the same plan, and says what was not the same each time."""
 
-from typing import Any
+from pathlib import Path
+from typing import Any, cast
 
 import pytest
 
-from fleetlift.core.errors import BadInput
+from fleetlift.cli.client import Api
+from fleetlift.cli.rehearse import rehearsed
+from fleetlift.core.errors import BadInput, Conflict, Unavailable
 from fleetlift.core.migration import Phase
 from fleetlift.core.tenant.move import StepPhase
 from fleetlift.core.tenant.plan import Copy, Drain, Freeze, SwitchDatabase, SwitchDns, Validate
@@ -186,3 +189,45 @@ def test_a_cycle_that_ended_otherwise_spoils_the_rehearsal() -> None:
 def test_no_cycle_at_all_is_no_success() -> None:
     found = compared("acme", [])
     assert not found.good and (found.slowest, found.slowest_s) == ("", 0.0)
+
+
+class Interrupted:
+    """An API whose first start is interrupted before its answer, and takes effect all the same."""
+
+    def __init__(self, error: BaseException) -> None:
+        self.error: BaseException | None = error
+        self.name = parse_tenant_plan(rehearsal_plan(PLAN)).name
+        self.there = False
+        self.reverted = False
+
+    def post(self, path: str, body: Any = None) -> None:
+        assert path == "/migrations"
+        if self.error is not None:
+            error, self.error = self.error, None
+            raise error
+        self.there = True
+        raise Conflict("a migration of that name exists")
+
+    def items(self, path: str, limit: int) -> tuple[list[dict[str, Any]], bool]:
+        return [{"name": self.name, "phase": "running"}] if self.there else [], False
+
+    def get(self, path: str) -> dict[str, Any]:
+        phase = "reverted" if self.reverted else "running"
+        return {"phase": phase, "step": 0, "steps": [{"name": "copy"}], "open_requests": 0, "reason": ""}
+
+    def request(self, method: str, path: str, **more: Any) -> None:
+        assert (method, path) == ("POST", f"/migrations/{self.name}/revert")
+        self.reverted = True
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), Unavailable("no answer")])
+def test_a_rehearsal_that_is_interrupted_while_it_starts_is_taken_back(
+    error: BaseException, tmp_path: Path
+) -> None:
+    """The server looks at everything before it begins: it may begin when nobody waits for it any more."""
+    path = tmp_path / "plan.yaml"
+    path.write_text(PLAN)
+    api = Interrupted(error)
+    with pytest.raises(type(error)):
+        rehearsed(cast(Api, api), path, cycles=1, with_load=False, tell=lambda text: None)
+    assert api.reverted

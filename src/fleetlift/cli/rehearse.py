@@ -1,5 +1,7 @@
 """`fleetlift migrate rehearse`: a test pool there and back, cycle after cycle, by the engine itself."""
 
+import contextlib
+import signal
 import time
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -39,6 +41,7 @@ def rehearse(
     from fleetlift.cli.screen import emit_json, note
 
     read_plan(plan)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # what it made is taken back, as by Ctrl-C
     with connect(data) as api:
         found = rehearsed(
             api, plan, cycles=cycles, with_load=with_load, tell=(lambda text: None) if as_json else note
@@ -76,12 +79,25 @@ def rehearsed(
         begun = begun or one["name"] == name
     try:
         if not begun:
-            api.post("/migrations", {"plan": text, "files": files})
+            _start(api, {"plan": text, "files": files})
         return _cycles(api, name, cycles, begun, tell)
     except BaseException:
         if any(one["name"] == name for one in api.items("/migrations", 10_000)[0]):
             tell(f"taking back {name}; its progress: fleetlift migrate watch {name}")
             _taken_back(api, name, tell)
+        raise
+
+
+def _start(api: Api, body: Mapping[str, Any]) -> None:
+    """Start it. Interrupted before the answer, see that it has started: else it would do so a moment later,
+    with nobody to take it back."""
+    from fleetlift.core.errors import Conflict, Unavailable
+
+    try:
+        api.post("/migrations", body)
+    except (KeyboardInterrupt, Unavailable):
+        with contextlib.suppress(Conflict):  # it is there
+            api.post("/migrations", body)
         raise
 
 
