@@ -1,10 +1,11 @@
 """The streams of tenants' moves as their movers look after them: which runs, and what ends or closes it."""
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
+import asyncpg
 import psycopg2
 import pytest
 import pytest_asyncio
@@ -135,6 +136,50 @@ async def test_a_way_back_that_is_lost_is_never_made_anew_in_silence(moving: Mov
     assert (await moving.until_phase(Phase.FINISHED)).way_back
     await moving.ask(RequestKind.RELEASE)
     await moving.until(lambda state: state.cleaned)
+
+
+def deaf(monkeypatch: pytest.MonkeyPatch, to: type, name: str, *, but: Callable[..., bool]) -> asyncio.Event:
+    """Have a method wait for ever and, when it is cancelled first, raise what asyncpg's transactions raise
+    then if their connection breaks in the same moment. `but`: which calls are done. Set when it waits."""
+    does, waits = getattr(to, name), asyncio.Event()
+
+    async def instead(*arguments: Any) -> Any:
+        if but(*arguments):
+            return await does(*arguments)
+        first = not waits.is_set()
+        waits.set()
+        try:
+            return await asyncio.Event().wait()
+        except asyncio.CancelledError:
+            if first:
+                raise asyncpg.InterfaceError("the underlying connection is closed") from None
+            raise
+
+    monkeypatch.setattr(to, name, instead)
+    return waits
+
+
+async def test_a_revert_begins_though_the_word_to_stop_was_lost(
+    moving: Moving, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The work that it takes back ends, and does not begin again as if a database had been away."""
+    waits = deaf(monkeypatch, StepWorks, "run", but=lambda _works, _move, work: work.undo)
+    await moving.start()
+    async with asyncio.timeout(15):
+        await waits.wait()
+    await moving.ask(RequestKind.REVERT)
+    await moving.until_phase(Phase.REVERTED, within_s=15)
+
+
+async def test_a_stream_ends_though_the_word_to_stop_was_lost(
+    moving: Moving, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    waits = deaf(monkeypatch, Follower, "_session", but=lambda _follower: False)
+    await moving.start()
+    async with asyncio.timeout(15):
+        await waits.wait()
+    await moving.ask(RequestKind.REVERT)
+    await moving.until_phase(Phase.REVERTED, within_s=15)
 
 
 class Killed(BaseException):

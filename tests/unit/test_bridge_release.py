@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from fleetlift.backend import follow
+from fleetlift import cancelling
 from fleetlift.core.migration import FleetDevice
 from fleetlift.core.orders import DeviceReport
 from fleetlift.core.telemetry import DeadLetter
@@ -90,11 +90,11 @@ async def test_a_bridge_ends_though_a_library_has_lost_the_word_to_stop(
     async def to_log(topic: str, payload: bytes, headers: Mapping[str, str] | None = None) -> int:
         return 1
 
-    monkeypatch.setattr(follow, "_FINISH_S", -0.9)
+    monkeypatch.setattr(cancelling, "ASK_AGAIN_S", 0.1)
     side = _Deaf()
     bridge = Bridge(side, key="legacy", store=_Nowhere(), to_log=to_log)  # type: ignore[arg-type]
     task = asyncio.create_task(bridge.run())
     while not side.asked:  # noqa: ASYNC110
         await asyncio.sleep(0.01)
     async with asyncio.timeout(5):
-        await follow.end([task])
+        await cancelling.end([task])

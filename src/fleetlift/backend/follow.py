@@ -18,6 +18,7 @@ from nats.aio.client import Client
 from fleetlift.backend.context import Context
 from fleetlift.bus.live import listen
 from fleetlift.bus.log import LogBatch, LogPosition, newest, read
+from fleetlift.cancelling import end
 from fleetlift.core.errors import Conflict
 from fleetlift.log import get_logger
 from fleetlift.store import positions
@@ -31,7 +32,7 @@ LIVE_MAX = 20_000  # QoS 0 messages that may wait; beyond that they are dropped,
 _LINGER_S = 0.005
 _RETRY_S = 0.25
 _RETRY_S_MAX = 5.0
-_FINISH_S = 5.0
+_FINISH_S = 5.0  # less than after which `end` asks again
 
 
 class Message(msgspec.Struct, frozen=True, gc=False):
@@ -85,16 +86,6 @@ async def heard_until(pool: Pool, nc: Client, *, reader: str, filters: Sequence[
     if seq <= place[1] and (place[2] is None or at <= place[2] + 0.001):
         return now
     return place[2] or 0.0
-
-
-async def end(tasks: Sequence["asyncio.Task[None]"]) -> None:
-    """Cancel tasks and see them end. Asked again, since a library's `wait_for` may lose a cancellation: of
-    asyncpg's, when a connection breaks in the same moment."""
-    pending = set(tasks)
-    while pending:
-        for task in pending:
-            task.cancel()
-        _, pending = await asyncio.wait(pending, timeout=_FINISH_S + 1.0)
 
 
 async def _plainly(work: Awaitable[None]) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 
 import msgspec
 
-from fleetlift.backend.follow import end
+from fleetlift.cancelling import end
 from fleetlift.core.command import Path, PathStatus, reported
 from fleetlift.core.errors import BadInput, FleetError, Unavailable
 from fleetlift.core.migration import FleetDevice

@@ -15,7 +15,7 @@ from typing import Any
 import asyncpg
 
 from fleetlift.backend.context import Context
-from fleetlift.backend.follow import end
+from fleetlift.cancelling import end
 from fleetlift.core.decide import begin
 from fleetlift.core.errors import BadInput
 from fleetlift.core.migration import (

@@ -8,7 +8,7 @@ from typing import Any
 import asyncpg
 
 from fleetlift.backend.context import Context
-from fleetlift.backend.follow import end
+from fleetlift.cancelling import end, raise_if_cancelled
 from fleetlift.core.errors import FleetError
 from fleetlift.log import get_logger
 from fleetlift.migrate.runner import ERROR_PAUSE_S, ROUND_EVERY_S
@@ -44,9 +44,7 @@ async def lead_in_turn(ctx: Context, lock: str, lead: Lead, *, role: str) -> Non
             if work.done():
                 work.result()
         finally:
-            for task in (work, stop):
-                task.cancel()
-            await asyncio.gather(work, stop, return_exceptions=True)
+            await end([work, stop])
 
 
 async def _lead_forever(ctx: Context, lock: str, lead: Lead, engine: Pool, role: str) -> None:
@@ -56,6 +54,7 @@ async def _lead_forever(ctx: Context, lock: str, lead: Lead, engine: Pool, role:
                 log.info(f"{role}_leads")
                 await lead(engine, conn)
         except (OSError, TimeoutError, asyncpg.PostgresError, asyncpg.InterfaceError) as error:
+            raise_if_cancelled()
             log.warning(f"{role}_lost_database", reason=str(error))
         await asyncio.sleep(ERROR_PAUSE_S)
 

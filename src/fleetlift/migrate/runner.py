@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 from typing import Protocol
 
+from fleetlift.cancelling import raise_if_cancelled
 from fleetlift.core.decide import decide
 from fleetlift.core.errors import Conflict, FleetError
 from fleetlift.core.migration import (
@@ -96,6 +97,7 @@ async def rounds_forever(
                 failed = str(error)
             runner.forget()
             pause = max(ERROR_PAUSE_S, every_s)
+        raise_if_cancelled()
         pause = pause_after(monotonic() - started, pause)
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(pause):

@@ -9,6 +9,7 @@ from collections.abc import Coroutine
 from functools import partial
 from typing import Any, Final, TypeVar
 
+from fleetlift.cancelling import end
 from fleetlift.core.errors import Conflict
 from fleetlift.core.tenant.chunks import CopyProgress
 from fleetlift.core.tenant.dumped import Failed, SchemaProgress
@@ -138,8 +139,7 @@ async def _while_following(follower: Follower, work: Coroutine[Any, Any, T]) -> 
                 raise Conflict(why)
         return task.result()
     finally:
-        task.cancel()
-        await asyncio.gather(task, return_exceptions=True)
+        await end([task])
 
 
 async def _copy_rows(move: Move, at: int, step: Copy, prepared: Prepared) -> None:

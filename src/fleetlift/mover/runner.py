@@ -13,6 +13,7 @@ from typing import Any, Final, Protocol
 
 from msgspec.structs import replace
 
+from fleetlift.cancelling import end, raise_if_cancelled
 from fleetlift.core.errors import FleetError
 from fleetlift.core.migration import AuditEntry, Phase, Request, RequestKind, Sample
 from fleetlift.core.tenant.move import MoveDecision, MoveState, Report, Seen, Work, decide
@@ -226,7 +227,7 @@ class MoveRunner:
         if self._work is not None and self._work != want:
             task, self._task, self._work = self._task, None, None
             if task is not None:
-                await _ended(task)
+                await end([task])
         if want is not None and self._work is None:
             at = max(want.step, 0)
             self._move.begin_telling(self.state.steps[at].figures)
@@ -239,6 +240,7 @@ class MoveRunner:
             try:
                 return await self._works.run(self._move, work)
             except AWAY as error:
+                raise_if_cancelled()
                 why = str(error) or type(error).__name__
                 log.warning("work_interrupted", migration=self.name, step=work.step, reason=why)
                 self._move.tell(f"waiting, then trying again: {why}")
@@ -262,8 +264,3 @@ class MoveRunner:
         )
         async with self._store.acquire() as conn:
             await engine.add_sample(conn, self.name, now, point)
-
-
-async def _ended(task: asyncio.Task[Any]) -> None:
-    task.cancel()
-    await asyncio.gather(task, return_exceptions=True)

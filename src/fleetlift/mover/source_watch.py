@@ -7,6 +7,7 @@ from typing import Final
 
 import asyncpg
 
+from fleetlift.cancelling import end
 from fleetlift.core.errors import FleetError
 from fleetlift.log import get_logger
 from fleetlift.mover.move import Move
@@ -44,7 +45,7 @@ class SourceWatch:
     async def close(self) -> None:
         task = self._forget()
         if task is not None:
-            await asyncio.gather(task, return_exceptions=True)
+            await end([task])
 
     def _forget(self) -> asyncio.Task[str] | None:
         task, self._task, self._said, self._next_at = self._task, None, "", 0.0

@@ -10,6 +10,7 @@ from typing import Final
 
 import asyncpg
 
+from fleetlift.cancelling import end
 from fleetlift.core.errors import FleetError, Unavailable
 from fleetlift.core.migration import Phase
 from fleetlift.core.tenant.move import TOUCHED, MoveState, StepPhase, switched
@@ -89,8 +90,7 @@ class Streams:
         async with self._lock:
             task = self._tasks.pop(direction, None)
             if task is not None:
-                task.cancel()
-                await asyncio.gather(task, return_exceptions=True)
+                await end([task])
             if drop:
                 await (await self._follower(direction)).drop()
             self._followers.pop(direction, None)

@@ -8,6 +8,7 @@ from typing import Any, Final
 
 import msgspec
 
+from fleetlift.cancelling import raise_if_cancelled
 from fleetlift.core.errors import Conflict, Unavailable
 from fleetlift.core.tenant.cutover import STEPS, CutoverState
 from fleetlift.core.tenant.fence import Side, Status
@@ -238,6 +239,7 @@ async def _tried(
         state = await switch()
         if not state.aborted:
             return state
+        raise_if_cancelled()
         await asyncio.sleep(AGAIN_S)
         await until(caught_up, within_s=CAUGHT_UP_WITHIN_S)
     return await switch()

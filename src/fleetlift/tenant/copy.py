@@ -18,6 +18,7 @@ from typing import Final, Literal, TypeAlias, TypeVar
 import asyncpg
 import msgspec
 
+from fleetlift.cancelling import end, raise_if_cancelled
 from fleetlift.core.errors import BadInput, Conflict, FleetError, Unavailable
 from fleetlift.core.tenant.chunks import (
     ALL,
@@ -272,8 +273,7 @@ class Copier:
                     watchers.append(group.create_task(self._tell(progress), name="copy: progress"))
                 while not await self._patiently("reading what is done", self._load_chunks):
                     await self._copy_all()
-                for watcher in watchers:
-                    watcher.cancel()
+                await end(watchers)
         except* FleetError as problems:
             raise _first(problems) from problems
         finally:
@@ -432,6 +432,7 @@ class Copier:
             try:
                 return await attempt()
             except (_SourceFailed, asyncpg.PostgresError, *_TRANSIENT) as problem:
+                raise_if_cancelled()
                 reset()
                 reading = isinstance(problem, _SourceFailed)
                 cause = problem.problem if isinstance(problem, _SourceFailed) else problem
@@ -487,6 +488,7 @@ class Copier:
                         conn = await _connect(self._source_url, {**_SESSION, "statement_timeout": "10s"})
                     load = await _source_load(conn, slot_name(self._move))
                 except (asyncpg.PostgresError, *_TRANSIENT):
+                    raise_if_cancelled()
                     load = SourceLoad(known=False)
                     if conn is not None:
                         conn.terminate()
@@ -818,6 +820,7 @@ class _Worker:
             try:
                 await reader.copy_from_query(query, output=pieces.put, format=form)
             except (asyncpg.PostgresError, *_TRANSIENT) as problem:
+                raise_if_cancelled()
                 await pieces.put(None)
                 raise _SourceFailed(problem) from problem
             await pieces.put(None)
@@ -853,10 +856,7 @@ class _Worker:
             self._copier.moving(-size)
             raise
         finally:
-            if not reading.done():
-                reading.cancel()
-            with contextlib.suppress(BaseException):
-                await asyncio.wait([reading])
+            await end([reading])
         return int(status.rpartition(" ")[2]), size
 
 

@@ -14,6 +14,7 @@ import asyncpg
 import msgspec
 from msgspec.structs import replace
 
+from fleetlift.cancelling import raise_if_cancelled
 from fleetlift.core.errors import Conflict, FleetError, Unavailable
 from fleetlift.core.tenant.cutover import (
     RETURN_ORDER,
@@ -299,6 +300,7 @@ class _Run:
             try:
                 return await work()
             except (Unavailable, asyncpg.PostgresError, OSError) as exc:
+                raise_if_cancelled()
                 if self._now() > end:
                     raise Unavailable(
                         f"the switch is not finished: {exc}; it goes on when it is resumed"
@@ -369,6 +371,7 @@ class _Forward(_Run):
             try:
                 facts = await self._do(this, facts)
             except (FleetError, asyncpg.PostgresError, OSError) as exc:
+                raise_if_cancelled()
                 if self.state.sealed:
                     raise
                 if (over := await self._aborted(str(exc), again=False)) is not None:
@@ -513,6 +516,7 @@ class _Back(_Run):
                 try:
                     await self._do(this)
                 except (FleetError, asyncpg.PostgresError, OSError) as exc:
+                    raise_if_cancelled()
                     if sealed or this is ReturnStep.OPENED:
                         raise
                     if await self._aborted(str(exc), again=False):

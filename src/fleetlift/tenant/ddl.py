@@ -15,6 +15,7 @@ from typing import Final, TypeAlias
 import asyncpg
 import msgspec
 
+from fleetlift.cancelling import raise_if_cancelled
 from fleetlift.core.errors import BadInput, Conflict, Unavailable
 from fleetlift.core.tenant.closure import Closure
 from fleetlift.core.tenant.dumped import (
@@ -476,6 +477,7 @@ class _Finishing:
                             await make(conn, one)
                             break
                         except _AGAIN as problem:
+                            raise_if_cancelled()
                             if session is not None:
                                 await session.aclose()
                             session = conn = None

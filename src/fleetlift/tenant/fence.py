@@ -16,6 +16,7 @@ from typing import Any, Final, TypeAlias
 import asyncpg
 import msgspec
 
+from fleetlift.cancelling import raise_if_cancelled
 from fleetlift.core.errors import Conflict, Forbidden, Unavailable
 from fleetlift.core.tenant.closure import Closure, Part
 from fleetlift.core.tenant.fence import (
@@ -671,6 +672,7 @@ class Fence:
                 yield self._conn
             except _AWAY as exc:
                 await self.aclose()
+                raise_if_cancelled()
                 raise Unavailable(f"the {self.side}'s database does not answer: {exc}") from exc
 
 

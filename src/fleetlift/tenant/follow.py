@@ -21,6 +21,7 @@ from typing import Any, Final
 import asyncpg
 import psycopg2
 
+from fleetlift.cancelling import end, raise_if_cancelled
 from fleetlift.core.errors import Conflict
 from fleetlift.core.tenant.changes import Differs
 from fleetlift.core.tenant.closure import Closure, Part
@@ -212,6 +213,7 @@ class Follower:
                     asyncpg.InternalClientError,  # a connection that broke in the middle of a step
                     psycopg2.Error,
                 ) as problem:
+                    raise_if_cancelled()
                     self._classify(problem)
                     self._trouble = f"{type(problem).__name__}: {problem}".strip()
                     log.warning("following_connects_again", slot=self.slot, why=self._trouble)
@@ -292,6 +294,7 @@ class Follower:
                 ):
                     async with asyncio.timeout(max(0.01, deadline - now)):
                         await self._f.canaries.emit()
+                raise_if_cancelled()
             async with self._f.moved:
                 if self._f.applied < lsn and not self._stopped:
                     with contextlib.suppress(TimeoutError):
@@ -390,8 +393,7 @@ class Follower:
                 try:
                     done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
                 finally:
-                    for task in tasks:
-                        task.cancel()
+                    await end(tasks)
             for task in done:
                 if problem := task.result():
                     raise problem

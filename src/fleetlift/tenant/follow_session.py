@@ -15,6 +15,7 @@ from typing import Any, Final
 import asyncpg
 import msgspec
 
+from fleetlift.cancelling import end
 from fleetlift.core.errors import Conflict
 from fleetlift.core.tenant.changes import ROW_KINDS, Batch, Differs, Key, Layout
 from fleetlift.core.tenant.pgoutput import (
@@ -299,8 +300,7 @@ class Session:
         finally:
             working, self._working = self._working, None
             if working is not None:
-                working.cancel()
-                await asyncio.wait([working])
+                await end([working])
 
     async def _hand_over(self, load: _Load, stream: Stream, segment: int) -> _Load:
         """Have the batch applied while the next one is read; that one."""

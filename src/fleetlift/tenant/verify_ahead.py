@@ -8,6 +8,7 @@ from typing import Any, Final
 
 import msgspec
 
+from fleetlift.cancelling import end, raise_if_cancelled
 from fleetlift.core.tenant.compare import Sum
 from fleetlift.core.tenant.schema import TableName
 from fleetlift.core.tenant.verify_report import Key
@@ -81,10 +82,7 @@ class Ahead:
         self._cutting = asyncio.create_task(self._cut(), name="verify: cutting tables in chunks")
 
     async def close(self) -> None:
-        tasks = [self._cutting, *self._comparing]
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        await end([self._cutting, *self._comparing])
         for conn in self._open:
             with contextlib.suppress(Exception):
                 await conn.close(timeout=5)
@@ -114,6 +112,7 @@ class Ahead:
             for shape, lower in self._tables:
                 await self._cut_table(source, target, shape, lower)
         except Exception as problem:
+            raise_if_cancelled()
             await self._looks.put(_Look(table="", problem=problem))
 
     async def _cut_table(self, source: Conn, target: Conn, shape: Shape, lower: Key | None) -> None:
