@@ -1,9 +1,11 @@
 """What is committed on the source, as it concerns the tenant, is on the target: once, in order, soon."""
 
 import asyncio
+import threading
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
+from typing import Any
 
 import asyncpg
 import psycopg2
@@ -14,7 +16,7 @@ from small_disk import mounted, resized, space_on, unmounted
 
 from fleetlift.core.errors import BadInput, Conflict
 from fleetlift.store.embedded import EmbeddedPostgres
-from fleetlift.tenant import follow_session, stream
+from fleetlift.tenant import follow_books, follow_session, stream
 from fleetlift.tenant.follow import Follower, FollowState
 from fleetlift.testing import scratch_directory
 from tenant_world import CLOUD_SQL, Pair, fill_cloud, fresh_pair, running_postgres
@@ -299,6 +301,70 @@ async def test_nothing_is_left_behind(pair: Pair, tmp_path: Path) -> None:
         )
         assert not await w.source.fetch("SELECT 1 FROM pg_publication")
         assert not list(tmp_path.rglob("*.seg"))
+
+
+class _Held:
+    """A replication connection, and its cursor, whose thread stands still at a point until `go` is set."""
+
+    def __init__(self, real: Any, point: str, hold: Callable[[str], None]) -> None:
+        self._real, self._point, self._hold = real, point, hold
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._real, name)
+
+    def cursor(self) -> "_Held":
+        self._hold("connected")
+        return _Held(self._real.cursor(), self._point, self._hold)
+
+    def execute(self, command: str) -> None:
+        if command.startswith("CREATE"):
+            self._hold("to be made")
+        self._real.execute(command)
+        if command.startswith("CREATE"):
+            self._hold("made")
+
+
+@pytest.mark.parametrize("late", [False, True])
+@pytest.mark.parametrize("point", ["connecting", "connected", "to be made", "made"])
+async def test_a_slot_that_was_given_up_does_not_appear_later(
+    pair: Pair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, point: str, late: bool
+) -> None:
+    """Its thread cannot be cancelled. `late`: it goes on only when nobody waits for it any more."""
+    there, go = threading.Event(), threading.Event()
+
+    def hold(at: str) -> None:
+        if at == point:
+            there.set()
+            assert go.wait(30)
+
+    def connection(url: str, *, name: str) -> Any:
+        hold("connecting")
+        return _Held(stream.replication_connection(url, name=name), point, hold)
+
+    slots = "SELECT count(*) FROM pg_replication_slots WHERE database = current_database()"
+    monkeypatch.setattr(follow_books, "replication_connection", connection)
+    monkeypatch.setattr(follow_books, "GIVEN_UP_WITHIN_S", 0.3 if late else 20.0)
+    async with world(pair, tmp_path, ITEM_RULES, ddl=ITEMS, rows=ITEM_ROWS) as w:
+        writer = await asyncpg.connect(pair.source)
+        preparing = asyncio.create_task(w.new_follower().prepare())
+        try:
+            await until(there.is_set)
+            preparing.cancel()
+            await asyncio.wait([preparing], timeout=1.0)
+            preparing.cancel()  # asked again
+            assert preparing.done() is late
+            if point == "to be made" and not late:  # it would wait for this transaction's end
+                await writer.execute("BEGIN; SELECT pg_current_xact_id()")
+            go.set()
+            await asyncio.wait([preparing], timeout=10)
+            assert preparing.cancelled()
+            await asyncio.sleep(1.0 if late else 0.0)
+            assert await w.source.fetchval(slots) == 0
+        finally:
+            go.set()
+            await writer.close()
+        await w.follower.drop()
+        assert await w.source.fetchval(slots) == 0
 
 
 async def test_a_slot_that_is_lost_says_that_the_copy_must_start_again(pair: Pair, tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """The streams of tenants' moves as their movers look after them: which runs, and what ends or closes it."""
 
 import asyncio
+import threading
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any, cast
@@ -21,6 +22,7 @@ from fleetlift.mover.streams import Streams
 from fleetlift.mover.wiring import StepWorks
 from fleetlift.store.embedded import EmbeddedPostgres
 from fleetlift.store.pool import Pool
+from fleetlift.tenant import follow_books, stream
 from fleetlift.tenant.fence import tag_of
 from fleetlift.tenant.follow import Direction, Follower
 from fleetlift.tenant.leftovers import clean
@@ -180,6 +182,30 @@ async def test_a_stream_ends_though_the_word_to_stop_was_lost(
         await waits.wait()
     await moving.ask(RequestKind.REVERT)
     await moving.until_phase(Phase.REVERTED, within_s=15)
+
+
+async def test_reverted_while_the_source_is_slow_to_connect_no_slot_appears_later(
+    moving: Moving, pair: Pair, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What takes back waits for the thread that connects only for a while; nobody would drop its slot."""
+    connects, go = threading.Event(), threading.Event()
+
+    def slowly(url: str, *, name: str) -> Any:
+        connects.set()
+        assert go.wait(60)
+        return stream.replication_connection(url, name=name)
+
+    monkeypatch.setattr(follow_books, "replication_connection", slowly)
+    monkeypatch.setattr(follow_books, "GIVEN_UP_WITHIN_S", 0.3)
+    try:
+        await moving.start()
+        await until(connects.is_set)
+        await moving.ask(RequestKind.REVERT)
+        await moving.until_phase(Phase.REVERTED, within_s=15)
+    finally:
+        go.set()
+    await asyncio.sleep(1.0)
+    assert await value(pair.source, "SELECT count(*) FROM pg_replication_slots") == 0
 
 
 class Killed(BaseException):

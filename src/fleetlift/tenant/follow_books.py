@@ -2,6 +2,8 @@
 
 import asyncio
 import contextlib
+import threading
+import time
 from collections import Counter
 from collections.abc import Sequence
 from typing import Any, Final
@@ -21,6 +23,8 @@ from fleetlift.tenant.stream import replication_connection
 OLDEST: Final = 140000
 _LOCK_S: Final = 3.0
 _LOCK_TRIES: Final = 20
+_CANCEL_EVERY_S: Final = 0.1
+GIVEN_UP_WITHIN_S: Final = 12.0  # connecting takes up to 10
 
 BOOKS: Final = f"""
 CREATE SCHEMA IF NOT EXISTS {MOVE_SCHEMA};
@@ -58,6 +62,59 @@ ORDER BY 2"""
 def counted(text: str) -> Counter[TableName]:
     """What `position.not_carried` says, by table."""
     return Counter(msgspec.json.decode(text, type=dict[TableName, int]))
+
+
+class _SlotMaker:
+    """Makes a slot in a thread, which goes on when whoever waits for it is cancelled. Once given up it leaves
+    no slot behind: nobody would read from it, and the source would keep its log until its disk is full."""
+
+    def __init__(self, url: str, slot: str) -> None:
+        self._url, self._slot = url, slot
+        self._conn: Any = None
+        self._given_up = False
+        self._over = threading.Event()  # there is nothing to cancel any more
+
+    def make(self) -> tuple[Any, str, str] | None:
+        """In the thread: connection, consistent point and snapshot; None when it was given up."""
+        made = None
+        try:
+            self._conn = conn = replication_connection(self._url, name=f"slot {self._slot}")
+            cursor = conn.cursor()
+            if not self._given_up:
+                cursor.execute(f'CREATE_REPLICATION_SLOT "{self._slot}" LOGICAL pgoutput EXPORT_SNAPSHOT')
+                _, point, snapshot, _ = cursor.fetchone()
+                self._over.set()
+                if self._given_up:
+                    cursor.execute(f'DROP_REPLICATION_SLOT "{self._slot}"')
+                else:
+                    made = conn, point, snapshot
+        except psycopg2.Error:
+            if not self._given_up:
+                raise
+        finally:
+            self._over.set()
+            if made is None and self._conn is not None:
+                self._conn.close()
+        return made
+
+    async def give_up(self, making: "asyncio.Task[tuple[Any, str, str] | None]") -> None:
+        """See `make` end. A thread that takes longer than that looks for itself whether it was given up."""
+        self._given_up = True
+        pending: set[asyncio.Task[Any]] = {making, asyncio.create_task(asyncio.to_thread(self._cancel))}
+        deadline = time.monotonic() + GIVEN_UP_WITHIN_S
+        while pending and (left_s := deadline - time.monotonic()) > 0:
+            with contextlib.suppress(asyncio.CancelledError):  # asked again: this is how it ends
+                _, pending = await asyncio.wait(pending, timeout=left_s)
+        if making.done() and making.exception() is None and (made := making.result()) is not None:
+            # Made in the same moment: whoever begins or cleans up from here on finds the slot, and drops it.
+            made[0].close()
+
+    def _cancel(self) -> None:
+        """Again and again: between two statements it has no effect."""
+        while not self._over.wait(_CANCEL_EVERY_S):
+            if self._conn is not None:
+                with contextlib.suppress(psycopg2.Error):
+                    self._conn.cancel()
 
 
 class Books:
@@ -177,25 +234,17 @@ class Books:
 
     async def make_slot(self) -> tuple[int, str]:
         """The slot's consistent point, and the snapshot of just then, valid while the connection is open."""
-
-        def make() -> tuple[Any, str, str]:
-            conn = replication_connection(self._source_url, name=f"slot {self.slot}")
-            cursor = conn.cursor()
-            makers.append(conn)
-            cursor.execute(f'CREATE_REPLICATION_SLOT "{self.slot}" LOGICAL pgoutput EXPORT_SNAPSHOT')
-            _, point, snapshot, _ = cursor.fetchone()
-            return conn, point, snapshot
-
-        makers: list[Any] = []
+        maker = _SlotMaker(self._source_url, self.slot)
+        making = asyncio.create_task(asyncio.to_thread(maker.make))
         try:
-            self._maker, point, snapshot = await asyncio.to_thread(make)
+            made = await asyncio.shield(making)
         except asyncio.CancelledError:
-            for conn in makers:
-                with contextlib.suppress(psycopg2.Error):
-                    conn.cancel()
+            await maker.give_up(making)
             raise
         except psycopg2.Error as problem:
             raise Conflict(f"the source gives no replication slot: {str(problem).strip()}") from problem
+        assert made is not None
+        self._maker, point, snapshot = made
         return lsn_of(point), snapshot
 
     async def release_snapshot(self) -> None:
