@@ -121,7 +121,7 @@ async def given(server: EmbeddedPostgres) -> AsyncIterator[Configuration]:
                 pair.source, pair.target, await closure_at(pair.source), move="small", directory=directory
             )
             await follower.prepare()
-            await follower._release_snapshot()
+            await follower.release_snapshot()
             conn = await asyncpg.connect(pair.source)
             await conn.execute(ROWS)
             await conn.close()

@@ -50,7 +50,7 @@ async def _litter(pair: Pair, move: str) -> None:
                 source, target, closure, move=move, directory=Path(directory), direction=direction
             )
             await follower.prepare()
-            await follower._release_snapshot()
+            await follower.release_snapshot()
     for url, side in ((pair.source, Side.SOURCE), (pair.target, Side.TARGET)):
         fence = Fence(url, closure, move=move, side=side)
         await fence.install()
@@ -135,7 +135,7 @@ async def test_a_slot_that_is_read_from_and_a_setting_go_too(pair: Pair) -> None
         assert {one.kind for one in await leftovers(pair.source)} >= {Kind.SETTING, Kind.SLOT}
         await clean(pair.source, MOVE)
         assert await leftovers(pair.source) == []
-        await follower._release_snapshot()
+        await follower.release_snapshot()
 
 
 def test_the_command_lists_and_cleans(

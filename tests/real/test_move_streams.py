@@ -3,6 +3,7 @@
 import asyncio
 import threading
 from collections.abc import AsyncIterator, Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -296,6 +297,49 @@ async def test_a_way_back_that_was_closed_opens_by_itself(
     await moving.until(lambda state: not state.way_back)
     assert await value(pair.source, WRITTEN)
     assert await moving.noted("way_back_closed") == await moving.noted("way_back_open") == 1
+
+
+async def test_while_the_copy_is_paused_the_source_keeps_neither_log_nor_snapshot(
+    moving: Moving, pair: Pair
+) -> None:
+    """Also for a mover that begins in the pause; and the rest is copied by a snapshot of its own."""
+
+    def step(name: str) -> None:
+        if name.startswith("chunk public.event") and "resumed" not in asked:
+            if not asked:
+                asked["paused"] = asyncio.create_task(moving.ask(RequestKind.PAUSE))
+            raise OSError("no chunk of it comes through before the pause")
+
+    asked: dict[str, asyncio.Task[None]] = {}
+    slot = "FROM pg_replication_slots WHERE slot_name = 'fleetlift_one'"
+    await moving.start(step)
+    await moving.until_phase(Phase.PAUSED)
+    for n, restarts in enumerate((False, True)):
+        if restarts:
+            await moving.stop()
+            await moving.start(step)
+        await run(
+            pair.source,
+            f"UPDATE item SET name = 'meanwhile {n}' WHERE id IN (2, 3)",
+            f"INSERT INTO item VALUES ({100 + n}, 1, 'new'); INSERT INTO event VALUES ({100 + n}, 'new')",
+            f"DELETE FROM event WHERE item_id = {10 + 2 * n}; DELETE FROM item WHERE id = {10 + 2 * n}",
+        )
+        written = await value(pair.source, "SELECT pg_current_wal_flush_lsn()::text")
+        read = f"SELECT confirmed_flush_lsn >= '{written}' {slot}"
+        await until(partial(value, pair.source, read), 10)
+        held = "SELECT count(*) = 0 FROM pg_stat_activity WHERE application_name LIKE '%slot fleetlift_one'"
+        await until(partial(value, pair.source, held), 10)
+    assert not await value(pair.target, "SELECT count(*) FROM event")
+    assert (await moving.state()).phase is Phase.PAUSED
+    asked["resumed"] = asyncio.create_task(moving.ask(RequestKind.RESUME))
+    state = await moving.until(lambda state: state.phase in (Phase.FINISHED, Phase.HELD))
+    assert state.phase is Phase.FINISHED, state.reason
+    for rows in (
+        "SELECT string_agg(i::text, ' ' ORDER BY id) FROM item i WHERE owner_id = 1",
+        "SELECT string_agg(e::text, ' ' ORDER BY item_id) FROM event e JOIN item i ON i.id = item_id "
+        "WHERE owner_id = 1",
+    ):
+        assert await value(pair.source, rows) == await value(pair.target, rows)
 
 
 @pytest.mark.parametrize("at", ["schema-made", "rows-copied", "schema-finished"])

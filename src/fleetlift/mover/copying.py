@@ -37,12 +37,15 @@ async def copy(move: Move, at: int, streams: Streams) -> str:
     """Bring every row of the tenant, and keep them the same from then on."""
     step = move.plan.copy
     move.forget_closure()
+    if not move.facts(at).get("copied"):
+        await streams.stop(Direction.FORWARD)  # one that has spooled meanwhile knows the schema of before
     await _take_target(move, at)
     closure = await move.closure()
     if not move.facts(at).get("copied"):
         await no_leaks(move)
     follower = await streams.forward()
     prepared = await follower.prepare()
+    await move.save(at, followed=True)
     move.kill("slot-made")
     move.tell("making the schema on the target")
     made = await ddl.create_schema(

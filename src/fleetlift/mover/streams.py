@@ -93,7 +93,9 @@ class Streams:
                 await end([task])
             if drop:
                 await (await self._follower(direction)).drop()
-            self._followers.pop(direction, None)
+            follower = self._followers.pop(direction, None)
+            if follower is not None:
+                await follower.release_snapshot()
             if direction is Direction.REVERSE:
                 self._closed = ""
 
@@ -112,7 +114,9 @@ class Streams:
         if wanted is None:
             return ""
         try:
-            why = await self._keep_running(wanted, again=resumed)
+            why = await self._keep_running(wanted, again=resumed, copied=_copied(state))
+            if not _copied(state):  # who goes on with the copy reads from a snapshot of his own
+                await self._followers[wanted].release_snapshot()
             away = not why and self._followers[wanted].progress.state is FollowState.RECONNECTING
         except AWAY as error:  # the next round tries again
             log.warning("stream_waits", migration=self._move.name, stream=wanted, reason=repr(error))
@@ -123,8 +127,9 @@ class Streams:
             return why
         return self._still_closed(why or self._for_long(away))
 
-    async def _keep_running(self, wanted: Direction, *, again: bool) -> str:
-        """Have a stream run; why it cannot. `again`: also when it has stopped."""
+    async def _keep_running(self, wanted: Direction, *, again: bool, copied: bool) -> str:
+        """Have a stream run; why it cannot. `again`: also when it has stopped. Until the rows are `copied` it
+        only spools: the source must not keep its log for as long as the copy stands still."""
         task = self._tasks.get(wanted)
         if task is not None and task.done():
             error = None if task.cancelled() else task.exception()
@@ -144,7 +149,8 @@ class Streams:
                 except FleetError as error:
                     return str(error)
                 self.begin(wanted)
-                follower.start_applying()
+                if copied:
+                    follower.start_applying()
         return ""
 
     def _for_long(self, away: bool) -> str:
@@ -175,8 +181,8 @@ class Streams:
         if any(one.phase in (StepPhase.UNDOING, StepPhase.UNDONE) for one in state.steps):
             return None  # on the way back nothing is followed any more
         copy = state.steps[0]
-        done = copy.phase in TOUCHED and copy.phase is not StepPhase.UNDOING
-        return Direction.FORWARD if done and copy.facts.get("copied") else None
+        followed = copy.facts.get("followed") or _copied(state)
+        return Direction.FORWARD if copy.phase in TOUCHED and followed else None
 
     def _at_work(self, state: MoveState) -> bool:
         """Whether the open step's own work begins or ends streams now."""
@@ -205,3 +211,7 @@ class Streams:
     async def close(self) -> None:
         for direction in list(self._tasks):
             await self.stop(direction)
+
+
+def _copied(state: MoveState) -> bool:
+    return bool(state.steps[0].facts.get("copied"))

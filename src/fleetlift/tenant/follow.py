@@ -174,6 +174,11 @@ class Follower:
         """The copy is done: what was spooled, and what comes, goes to the target from now on."""
         self._f.applying.set()
 
+    async def release_snapshot(self) -> None:
+        """Nobody copies from the snapshot of `prepare` any more: it holds back the source's vacuum no longer.
+        Idempotent."""
+        await self._f.books.release_snapshot()
+
     def must_pass(self, lsn: int) -> None:
         """Rows were written to the target by somebody else: see `Following.must_pass`."""
         self._f.must_pass(lsn)
@@ -346,9 +351,6 @@ class Follower:
         finally:
             await source.close()
         shutil.rmtree(self._f.directory, ignore_errors=True)
-
-    async def _release_snapshot(self) -> None:
-        await self._f.books.release_snapshot()
 
     # --- a session: from connecting to the first thing that breaks
 
