@@ -6,9 +6,9 @@ with casts into their table. Everything happens in the caller's transaction.
 
 import contextlib
 from collections import Counter
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterable, Mapping, Sequence
 from operator import itemgetter
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import asyncpg
 
@@ -79,6 +79,20 @@ async def connect_applier(
     return conn
 
 
+class Unique(NamedTuple):
+    """A unique index beside the key's: `values` that no two rows for which `where` holds have in common, both
+    as SQL over the table's columns."""
+
+    name: str
+    values: Sequence[str]
+    where: str | None
+
+
+Spare = Callable[[TableName, Unique, Sequence[tuple[Key, Key]], Collection[Key]], Awaitable[Collection[Key]]]
+"""Asked of pairs of a row in the way and the row that it is in the way of, and of which rows were read anew:
+those in the way that may not be touched. Raises when one of them stays in the way."""
+
+
 class TableWriter:
     """The statements of one table. `key`: by which columns its rows are told; () when it has none."""
 
@@ -118,18 +132,46 @@ class TableWriter:
         )
         numbered = ", ".join([*(f"k{n}" for n in range(len(self.key))), "n"])
         self.given_keys = f"unnest({arrays}) WITH ORDINALITY x({numbered})"
+        self.given = given
+        self.given_query = f"(SELECT {keys} FROM {self.given_keys} OFFSET 0)"
         self.delete_sql, self.delete_given_sql = (
             f"DELETE FROM {self.sql_name} t USING {of} s WHERE {self.key_matches} RETURNING {given}"
-            for of in (
-                self.keys_query,
-                f"(SELECT {keys} FROM {self.given_keys} OFFSET 0)",
-            )
+            for of in (self.keys_query, self.given_query)
         )
-        self.key_array = "ARRAY[" + ", ".join(f"t.{quoted(name)}::text" for name in self.key) + "]"
+        self.key_array = self.key_array_of("t")
         row = ", ".join(f"c{n}::{self.types[name]} AS v{n}" for n, name in enumerate(self.columns))
         self.row_query = f"(SELECT {row} FROM {self.stage} OFFSET 0)"
-        texts = ", ".join(f"c{n}" for n in range(len(self.columns)))
-        self.row_query_with_texts = f"(SELECT {texts}, {row} FROM {self.stage} OFFSET 0)"
+
+    def key_array_of(self, alias: str) -> str:
+        """The key of a row as an array of texts."""
+        return "ARRAY[" + ", ".join(f"{alias}.{quoted(name)}::text" for name in self.key) + "]::text[]"
+
+    def standing_sql(self, of: str, condition: str) -> str:
+        """Which of the keys `of` have a row `t`, each with whether the condition holds of it."""
+        return (
+            f"SELECT {self.given}, ({condition}) IS TRUE FROM {of} s "
+            f"JOIN {self.sql_name} t ON {self.key_matches}"
+        )
+
+    def in_the_way_sql(self, unique: Unique) -> str:
+        """The key of each row that the index keeps a staged row from being put in by, with the latter's."""
+        values = ", ".join(f"{value} AS u{n}" for n, value in enumerate(unique.values))
+        where = f" WHERE {unique.where}" if unique.where else ""
+        row = ", ".join(
+            f"x.c{n}::{self.types[name]} AS {quoted(name)}" for n, name in enumerate(self.columns)
+        )
+        theirs = ", ".join(f"{quoted(name)}::text AS k{n}" for n, name in enumerate(self.key))
+        asked = ", ".join([*(f"t.k{n}" for n in range(len(self.key))), *(f"x.c{n}" for n in self.key_at)])
+        same = " AND ".join(f"t.u{n} = s.u{n}" for n in range(len(unique.values)))
+        return (
+            f"SELECT {asked} FROM {self.stage} x "
+            f"CROSS JOIN LATERAL (SELECT {values} FROM (SELECT {row}) y{where}) s "
+            f"JOIN (SELECT {theirs}, {values} FROM {self.sql_name}{where}) t ON {same}"
+        )
+
+    def told(self, key: Key) -> str:
+        """A key as people read it."""
+        return f"({', '.join(self.key)}) = ({', '.join(key_texts(key))})"
 
     def update_sql(self, holes: frozenset[int]) -> str:
         """Update the rows that are there, but for the columns in `holes`; gives the keys of the others."""
@@ -160,8 +202,9 @@ class Writer:
         self._dirty: set[str] = set()
         self.rows = 0
         self.careful = False  # rows that a unique index keeps from being put in one by one
-        self.unique: Mapping[TableName, Sequence[tuple[str, ...]]] = {}
+        self.unique: Mapping[TableName, Sequence[Unique]] = {}
         self.refetch: Callable[[TableName, Sequence[Key]], Awaitable[Mapping[Key, Cells]]] | None = None
+        self.spare: Spare | None = None
 
     def new_transaction(self) -> None:
         """Temporary tables are empty again at the end of a transaction."""
@@ -188,13 +231,12 @@ class Writer:
         self._dirty.add(name)
         await self.conn.copy_to_table(name, source=_chunks(rows), format="binary")
 
-    async def upsert(self, table: TableName, rows: Sequence[Cells]) -> list[Key]:
+    async def upsert(self, table: TableName, rows: Sequence[Cells], new: Sequence[Cells] = ()) -> list[Key]:
         """Put rows in or update them. Gives the keys of rows with holes that are not there: only the source
-        has their values. Raises what PostgreSQL says of a constraint."""
-        if not rows:
-            return []
+        has their values. `new`: whole rows whose keys were free a moment ago; one whose key is taken is never
+        put over what stands there. Raises what PostgreSQL says of a constraint."""
         if self.careful and self.unique.get(table):
-            return await self._replace(table, rows)
+            return await self._replace(table, rows, new) if rows or new else []
         w = self.of[table]
         whole: Sequence[Cells] = rows
         missing: list[Key] = []
@@ -206,21 +248,23 @@ class Writer:
                     by_holes.setdefault(frozenset(n for n, v in enumerate(row) if v is None), []).append(row)
             for holes, some in by_holes.items():
                 await self.stage_rows(table, some)
-                missing += [_key(record) for record in await self.conn.fetch(w.update_sql(holes))]
+                missing += [key_from(record) for record in await self.conn.fetch(w.update_sql(holes))]
         if whole:
             await self.stage_rows(table, whole)
             await self.conn.execute(w.upsert_sql)
         self.rows += len(rows)
+        await self.copy(table, new)
         return missing
 
-    async def _replace(self, table: TableName, rows: Sequence[Cells]) -> list[Key]:
+    async def _replace(self, table: TableName, rows: Sequence[Cells], new: Sequence[Cells]) -> list[Key]:
         """Put rows in when a unique index other than the key's is in the way: first take all their old
         versions
         away, so that values can be swapped between them. A row in the way that is none of them is out of date
         (what has changed it since has not come yet), or ours is: both are read anew from the source."""
         w = self.of[table]
         get = itemgetter(*w.key_at)
-        held = {get(cells): cells for cells in rows}
+        free = {get(cells) for cells in new}
+        held = {get(cells): cells for cells in (*rows, *new)}
         missing: list[Key] = []
         holes = [key for key, cells in held.items() if None in cells]
         if holes:
@@ -232,25 +276,25 @@ class Writer:
                     del held[key]
                 else:
                     held[key] = [b if a is None else a for a, b in zip(held[key], old, strict=True)]
-        gone = await self.delete(table, list(held))
+        gone = await self.delete(table, [key for key in held if key not in free])
         self.rows -= len(gone)
         asked: set[Key] = set()
         while True:
             await self.stage_rows(table, held.values())
             stale: set[Key] = set()
-            for columns in self.unique[table]:
-                on = " AND ".join(f"t.{quoted(name)} = s.v{w.at[name]}" for name in columns)
-                theirs = ", ".join(f"t.{quoted(name)}::text" for name in w.key)
-                ours = ", ".join(f"s.c{n}" for n in w.key_at)
-                for record in await self.conn.fetch(
-                    f"SELECT {theirs}, {ours} FROM {w.row_query_with_texts} s JOIN {w.sql_name} t ON {on}"
-                ):
-                    stale.update((_key(record[: len(w.key)]), _key(record[len(w.key) :])))
+            for unique in self.unique[table]:
+                pairs = [
+                    (key_from(record[: len(w.key)]), key_from(record[len(w.key) :]))
+                    for record in await self.conn.fetch(w.in_the_way_sql(unique))
+                ]
+                spared = await self.spare(table, unique, pairs, asked) if self.spare and pairs else ()
+                stale.update(theirs for theirs, _ in pairs if theirs not in spared)
+                stale.update(ours for _, ours in pairs)
             stale -= asked
             if not stale or self.refetch is None:
                 break
             asked |= stale
-            await self.delete(table, list(stale))
+            await self.delete(table, [key for key in stale if key not in free])
             fresh = await self.refetch(table, list(stale))
             for key in stale:
                 held.pop(key, None)
@@ -271,8 +315,20 @@ class Writer:
             f"SELECT {given}, {listed} FROM {w.keys_query} s JOIN {w.sql_name} t ON {w.key_matches}"
         ):
             values = tuple(record)
-            found[_key(values[: len(w.key)])] = [_cell(value) for value in values[len(w.key) :]]
+            found[key_from(values[: len(w.key)])] = [_cell(value) for value in values[len(w.key) :]]
         return found
+
+    async def standing(self, table: TableName, keys: Collection[Key], condition: str) -> dict[Key, bool]:
+        """Those of `keys` that have a row here, with whether the condition holds of it (aliased `t`)."""
+        if not keys:
+            return {}
+        w = self.of[table]
+        if len(keys) <= _GIVEN_KEYS:
+            records = await self.conn.fetch(w.standing_sql(w.given_query, condition), *key_columns(keys))
+        else:
+            await self.stage_keys(table, keys)
+            records = await self.conn.fetch(w.standing_sql(w.keys_query, condition))
+        return {key_from(tuple(record)[:-1]): record[-1] for record in records}
 
     async def insert_absent(self, table: TableName, rows: Sequence[Cells]) -> None:
         """Put in the rows whose key is not there; leave the others as they are."""
@@ -307,7 +363,7 @@ class Writer:
         else:
             await self.stage_keys(table, keys)
             records = await self.conn.fetch(w.delete_sql)
-        there = [_key(record) for record in records]
+        there = [key_from(record) for record in records]
         self.rows += len(there)
         return there
 
@@ -352,7 +408,8 @@ def key_columns(keys: Iterable[Key]) -> list[list[str]]:
     return [list(texts) for texts in zip(*map(key_texts, keys), strict=True)]
 
 
-def _key(record: Iterable[str | None]) -> Key:
+def key_from(record: Iterable[str | None]) -> Key:
+    """A key from its values as texts."""
     cells = tuple(_cell(value) for value in record)
     return cells if len(cells) > 1 else cells[0]
 

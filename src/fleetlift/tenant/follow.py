@@ -91,6 +91,7 @@ class Follower:
         self.publication = self.slot if reverse else publication_name(move)
         self._f = Following(
             source_url,
+            target_url,
             closure,
             [closure.schema.tables[name] for name in closure.order if closure.parts[name] is not Part.NONE],
             move=move,
@@ -160,7 +161,8 @@ class Follower:
                     lsn,
                     token,
                 )
-                await target.execute(f"DELETE FROM {MOVE_SCHEMA}.partition WHERE slot = $1", self.slot)
+                for table in ("partition", "unowned_row"):
+                    await target.execute(f"DELETE FROM {MOVE_SCHEMA}.{table} WHERE slot = $1", self.slot)
                 await target.execute(
                     f"INSERT INTO {MOVE_SCHEMA}.partition SELECT $1, unnest($2::text[])", self.slot, leaves
                 )
@@ -456,8 +458,9 @@ class Follower:
                 return
             detail = (getattr(problem, "detail", None) or "")[:300]
             constraint = getattr(problem, "constraint_name", None)
+            side = "source" if self._f.reverse else "target"
             self._give_up(
-                f"the target refuses a change: {problem.args[0] if problem.args else text}"
+                f"the {side} refuses a change: {problem.args[0] if problem.args else text}"
                 + (f" (constraint {constraint})" if constraint else "")
                 + (f": {detail}" if detail else "")
             )

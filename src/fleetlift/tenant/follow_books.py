@@ -47,6 +47,8 @@ CREATE TABLE IF NOT EXISTS {MOVE_SCHEMA}.read_as_of (
 CREATE TABLE IF NOT EXISTS {MOVE_SCHEMA}.identity_before (
   slot text, relation text, clause text NOT NULL, PRIMARY KEY (slot, relation));
 CREATE TABLE IF NOT EXISTS {MOVE_SCHEMA}.partition (slot text, relation text, PRIMARY KEY (slot, relation));
+CREATE TABLE IF NOT EXISTS {MOVE_SCHEMA}.unowned_row (
+  slot text, table_name text, key text[], digest text NOT NULL, PRIMARY KEY (slot, table_name, key));
 """
 
 _LEAVES: Final = """
@@ -194,7 +196,7 @@ class Books:
         moves may go back to one source."""
         if not await target.fetchval(f"SELECT to_regclass('{MOVE_SCHEMA}.position') IS NOT NULL"):
             return
-        for table in ("partition", "position"):
+        for table in ("unowned_row", "partition", "position"):
             await target.execute(f"DELETE FROM {MOVE_SCHEMA}.{table} WHERE slot = $1", self.slot)
         others = (
             f"SELECT EXISTS (SELECT 1 FROM {MOVE_SCHEMA}.position) "

@@ -32,7 +32,7 @@ from fleetlift.core.tenant.pgoutput import (
 )
 from fleetlift.core.tenant.schema import Table, TableName, quoted_table
 from fleetlift.log import get_logger
-from fleetlift.tenant.apply import TableWriter, Writer, connect
+from fleetlift.tenant.apply import TableWriter, Unique, Writer, connect
 from fleetlift.tenant.canary import CANARY
 from fleetlift.tenant.follow_books import BOOKS, counted
 from fleetlift.tenant.follow_state import Following, FollowState, Stop
@@ -144,7 +144,9 @@ class Session:
         self._writer.refetch = self._refetch
         self._writer.unique = await self._unique()
         if f.reverse:
-            self._back = WayBack(f, self._source, self._writer, self._refetch)
+            committed = await connect(f.target_url, name=f"others {f.slot}")
+            self._stack.push_async_callback(close_soon, committed)
+            self._back = WayBack(f, self._source, self._writer, self._refetch, committed)
         else:
             self._members = Members(self._closure, self._writer, self._reader, f.touched.add)
             await self._members.start()
@@ -164,20 +166,28 @@ class Session:
         names = [row["attname"] for row in rows]
         return table.key if not names or set(table.key) <= set(names) else names
 
-    async def _unique(self) -> dict[TableName, list[tuple[str, ...]]]:
-        """The target's unique indexes beside the keys, by their columns."""
-        found: dict[TableName, list[tuple[str, ...]]] = {}
+    async def _unique(self) -> dict[TableName, list[Unique]]:
+        """The target's unique indexes beside the keys."""
+        found: dict[TableName, list[Unique]] = {}
         for table in self._f.tables:
             for row in await self._target.fetch(
-                "SELECT ARRAY(SELECT a.attname::text FROM unnest(i.indkey) WITH ORDINALITY k(n, place) "
-                "JOIN pg_attribute a ON a.attrelid = i.indrelid AND a.attnum = k.n "
-                "WHERE k.place <= i.indnkeyatts ORDER BY k.place) AS columns "
-                "FROM pg_index i WHERE i.indrelid = $1::regclass AND i.indisunique AND i.indexprs IS NULL",
+                "SELECT c.relname, i.indexprs IS NULL AS plain, pg_get_expr(i.indpred, i.indrelid) AS where, "
+                "ARRAY(SELECT pg_get_indexdef(i.indexrelid, n, false) "
+                "FROM generate_series(1, i.indnkeyatts) n ORDER BY n) AS values, "
+                "ARRAY(SELECT a.attname::text FROM pg_attribute a WHERE a.attrelid = i.indrelid "
+                "AND a.attnum = ANY ((i.indkey::int2[])[0:i.indnkeyatts - 1])) AS columns, "
+                "ARRAY(SELECT a.attname::text FROM pg_depend d JOIN pg_attribute a "
+                "ON a.attrelid = d.refobjid AND a.attnum = d.refobjsubid "
+                "WHERE d.classid = 'pg_class'::regclass AND d.objid = i.indexrelid "
+                "AND d.refclassid = 'pg_class'::regclass AND d.refobjid = i.indrelid) AS reads "
+                "FROM pg_index i JOIN pg_class c ON c.oid = i.indexrelid "
+                "WHERE i.indrelid = $1::regclass AND i.indisunique",
                 quoted_table(table.name),
             ):
-                columns = tuple(row["columns"])
-                if set(columns) != set(table.key) and set(columns) <= set(table.copied):
-                    found.setdefault(table.name, []).append(columns)
+                keys = row["plain"] and set(row["columns"]) == set(self._writer.of[table.name].key)
+                if not keys and {*row["columns"], *row["reads"]} <= set(table.copied):
+                    unique = Unique(row["relname"], tuple(row["values"]), row["where"])
+                    found.setdefault(table.name, []).append(unique)
         return found
 
     async def _refetch(self, table: TableName, keys: Sequence[Key]) -> Mapping[Key, Cells]:

@@ -78,6 +78,7 @@ class Following:
     def __init__(
         self,
         source_url: str,
+        target_url: str,
         closure: Closure,
         tables: Sequence[Table],
         *,
@@ -89,6 +90,7 @@ class Following:
         at: Callable[[str], None],
     ) -> None:
         self.source_url = source_url
+        self.target_url = target_url
         self.closure = closure
         self.tables = tables
         self.move = move

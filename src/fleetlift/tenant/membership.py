@@ -26,6 +26,8 @@ _PATHS_MAX: Final = 16  # above it, a row's ways up are walked by one recursive 
 
 Within = Callable[[str], str]
 """A further condition over an alias, which the surrounding query sets as well: it is then set early, too."""
+Also = Callable[[TableName, str], str]
+"""For a row of a table, by its alias, a condition under which it counts as owned whatever it points at."""
 
 
 def member_condition(closure: Closure, table: TableName, alias: str, within: Within | None = None) -> str:
@@ -83,14 +85,17 @@ def matches(closure: Closure, edge: Edge, child: str, parent: str) -> str:
     return _all([_matches(closure, edge, child, parent), _when(edge, child)])
 
 
-def row_condition(closure: Closure, table: TableName, row: Literal["NEW", "OLD"] | str) -> str:
+def row_condition(
+    closure: Closure, table: TableName, row: Literal["NEW", "OLD"] | str, also: Also | None = None
+) -> str:
     """True when the tenant owns the one row `row`, in a trigger of `table` (or aliased in a query).
 
-    Quick for rows of other tenants: it climbs from the row to the root, by the parents' keys.
+    Quick for rows of other tenants: it climbs from the row to the root, by the parents' keys. What hangs on a
+    row for which `also` holds counts as owned too.
     """
     if closure.parts[table] is not Part.OWNED:
         return "false"
-    return _Climb(closure).condition(table, row)
+    return _Climb(closure, also).condition(table, row)
 
 
 def literal(value: str) -> str:
@@ -501,10 +506,14 @@ def _groups(closure: Closure, follows: Callable[[Edge], bool]) -> dict[TableName
 
 
 class _Climb:
-    """Whether one row is owned, asked upwards from it."""
+    """Whether one row is owned, asked upwards from it.
 
-    def __init__(self, closure: Closure) -> None:
+    OFFSET 0 keeps the planner from finding all owned rows at once, where it is asked for many.
+    """
+
+    def __init__(self, closure: Closure, also: Also | None) -> None:
         self._closure = closure
+        self._also = also
         self._groups = _groups(closure, lambda edge: edge.policy is Policy.OWN)
         self._count = 0
 
@@ -540,7 +549,8 @@ class _Climb:
 
     def _owned(self, table: TableName, row: str) -> str:
         if table == self._closure.root.table:
-            return root_condition(self._closure, row)
+            also = [self._also(table, row)] if self._also else []
+            return _any([root_condition(self._closure, row), *also])
         group = self._groups.get(table, ())
         inner = [edge for edge in self._closure.own(table) if edge.parent in group]
         ways = self._outer(table, row, group)
@@ -549,7 +559,8 @@ class _Climb:
         return _any(ways)
 
     def _outer(self, table: TableName, row: str, group: tuple[TableName, ...]) -> list[str]:
-        return [self._by(edge, row) for edge in self._closure.own(table) if edge.parent not in group]
+        ways = [self._by(edge, row) for edge in self._closure.own(table) if edge.parent not in group]
+        return [*ways, self._also(table, row)] if self._also else ways
 
     def _by(self, edge: Edge, row: str) -> str:
         root = self._closure.root
@@ -562,7 +573,10 @@ class _Climb:
         parent = f"_a{self._count}"
         found = _all([_matches(self._closure, edge, row, parent), self._owned(edge.parent, parent)])
         return _all(
-            [_when(edge, row), f"EXISTS (SELECT 1 FROM {quoted_table(edge.parent)} {parent} WHERE {found})"]
+            [
+                _when(edge, row),
+                f"EXISTS (SELECT 1 FROM {quoted_table(edge.parent)} {parent} WHERE {found} OFFSET 0)",
+            ]
         )
 
     def _within(self, first: Sequence[Edge], row: str, group: tuple[TableName, ...]) -> str:
@@ -591,7 +605,7 @@ class _Climb:
             if outer := self._outer(edge.parent, parent, group):
                 ends.append(
                     f"EXISTS (SELECT 1 FROM {name} _r JOIN {quoted_table(edge.parent)} {parent} ON {found} "
-                    f"WHERE {_any(outer)})"
+                    f"WHERE {_any(outer)} OFFSET 0)"
                 )
         walk = keys.recursive(name, begins, joins, goes_on)
-        return f"EXISTS (WITH RECURSIVE {walk} SELECT 1 WHERE {_any(ends)})"
+        return f"EXISTS (WITH RECURSIVE {walk} SELECT 1 WHERE {_any(ends)} OFFSET 0)"
