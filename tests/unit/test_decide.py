@@ -711,6 +711,19 @@ def test_a_late_device_goes_back_to_where_it_came_from() -> None:
     assert p.devices["late"].flags == Flags()
 
 
+def test_a_device_that_still_sends_by_both_paths_is_not_back_by_the_old_one() -> None:
+    """It has heard neither that it is to leave the old path, nor that it is to go back."""
+    p = Pretend(plan(waves=("100%",)), 1)
+    while p.state.members["car-000"].rung < 2:
+        p.step(deliver=lambda tell: tell.rung < 2)
+    p.ask(RequestKind.REVERT)
+    for _ in range(3):
+        p.step(deliver=lambda _: False)
+    assert p.members(MemberState.RETURNED) == set()
+    p.until(Phase.REVERTED)
+    assert p.on_new() == set()
+
+
 # -- killed controllers, and chance --------------------------------------------------------------------
 
 
@@ -805,10 +818,8 @@ def test_whatever_happens_the_promises_hold_and_the_fleet_can_be_brought_back(
             args: dict[str, Any] = rng.choice([{}, {"wave": True}, {"device": rng.choice(list(p.devices))}])
             p.ask(kind, **args)
         before = p.state
-        decision = p.step(
-            deliver=lambda _: rng.random() < 0.9,
-            commit=rng.random() < 0.95,
-        )
+        stored = rng.random() < 0.95  # what was not is told to nobody
+        decision = p.step(deliver=lambda _, stored=stored: stored and rng.random() < 0.9, commit=stored)  # type: ignore[misc]
         _check_invariants(p, decision, before)
     p.old_up = p.new_up = p.readable = True
     for device in p.devices.values():

@@ -32,10 +32,14 @@ def has_returned(member: Member, seen: DeviceObservation, flags: Flags, came_fro
     for report in (seen.report, seen.report_by_new):
         if report is not None and report.epoch >= member.epoch and report.flags == flags:
             return report.phase is not DevicePhase.TRYING
-    # Telemetry on the old path tells something only of a device that no longer sent any there.
+    # Telemetry on the old path tells something only of a device that no longer sent any there: that was told
+    # so, and has said that it obeys.
+    said = newest(seen)
     return (
         flags == Flags()
         and came_from.telemetry is TelemetryFlag.NEW
+        and said is not None
+        and said.flags.telemetry is TelemetryFlag.NEW
         and member.told_at is not None
         and seen.old_telemetry_at is not None
         and seen.old_telemetry_at > member.told_at
