@@ -1,7 +1,8 @@
 """Tasks end when they are asked to, whatever a library makes of it."""
 
 import asyncio
-from collections.abc import Awaitable, Callable
+import contextlib
+from collections.abc import AsyncIterator, Awaitable, Callable
 from types import SimpleNamespace
 from typing import Any
 
@@ -9,8 +10,10 @@ import asyncpg
 import pytest
 
 from fleetlift import cancelling
+from fleetlift.backend import telemetry
 from fleetlift.core.errors import Unavailable
 from fleetlift.core.tenant.cutover import CutoverState
+from fleetlift.edge import presence
 from fleetlift.mover import switching
 from fleetlift.tenant import copy, cutover
 from fleetlift.tenant.fence import Fence
@@ -144,3 +147,29 @@ async def test_who_is_cancelled_while_it_waits_has_seen_the_end() -> None:
     waiting.cancel()
     await asyncio.wait([waiting])
     assert waiting.cancelled() and task.done()
+
+
+@pytest.mark.parametrize("worker", [presence, telemetry], ids=["presence", "telemetry"])
+async def test_a_worker_ends_when_its_database_dies_in_the_moment_of_its_stop(
+    worker: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    library = _Library(asyncpg.InterfaceError("connection is closed"))
+
+    @contextlib.asynccontextmanager
+    async def sole_owner(*_: object) -> AsyncIterator[None]:
+        await library()
+        yield
+
+    monkeypatch.setattr(worker, "sole_owner", sole_owner)
+    ctx: Any = SimpleNamespace(
+        stop=asyncio.Event(),
+        settings=SimpleNamespace(database_url=""),
+        sys_nc=SimpleNamespace(is_closed=False),
+    )
+    running = asyncio.create_task(worker.run(ctx))
+    while not library.asked:  # noqa: ASYNC110
+        await asyncio.sleep(0.01)
+    ctx.stop.set()
+    async with asyncio.timeout(3):
+        await running
+    assert library.asked == 1

@@ -21,6 +21,7 @@ from fleetlift.backend.parity import Parity
 from fleetlift.bus.log import LogBatch, LogPosition, read, standing
 from fleetlift.bus.subjects import to_topic
 from fleetlift.bus.wire import connect
+from fleetlift.cancelling import end, raise_if_cancelled
 from fleetlift.core import telemetry as messages
 from fleetlift.core.delays import bucket, dense
 from fleetlift.core.errors import BadInput, Conflict, Unavailable
@@ -66,7 +67,7 @@ async def run(ctx: Context) -> None:
     async with asyncio.TaskGroup() as tasks:
         reading = tasks.create_task(_read_for_ever(ctx), name="telemetry")
         await ctx.stop.wait()
-        reading.cancel()
+        await end([reading])
 
 
 async def _read_for_ever(ctx: Context) -> None:
@@ -77,6 +78,7 @@ async def _read_for_ever(ctx: Context) -> None:
         except* _RETRYABLE as problems:
             first = _first(problems)
             log.warning("telemetry_reader_interrupted", problem=f"{type(first).__name__}: {first}")
+        raise_if_cancelled()
         await asyncio.sleep(0.5)
 
 

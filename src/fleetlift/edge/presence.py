@@ -17,6 +17,7 @@ from nats.aio.msg import Msg
 from nats.errors import Error as NatsError
 
 from fleetlift.backend.context import Context
+from fleetlift.cancelling import end, raise_if_cancelled
 from fleetlift.core.errors import Unavailable
 from fleetlift.core.presence import Connection, Connections, DevicePresence
 from fleetlift.log import get_logger
@@ -83,7 +84,7 @@ async def run(ctx: Context) -> None:
     async with asyncio.TaskGroup() as tasks:
         keeping = tasks.create_task(_keep_for_ever(ctx), name="presence")
         await ctx.stop.wait()
-        keeping.cancel()
+        await end([keeping])
 
 
 async def kick(ctx: Context, device: str) -> int:
@@ -112,6 +113,7 @@ async def _keep_for_ever(ctx: Context) -> None:
             while isinstance(first, BaseExceptionGroup):
                 first = first.exceptions[0]
             log.warning("presence_interrupted", problem=f"{type(first).__name__}: {first}")
+        raise_if_cancelled()
         if ctx.sys_nc.is_closed:
             # It comes back by itself after everything but a refusal; a process that starts anew has another.
             raise Unavailable("NATS has closed the connection of the system account for good")
