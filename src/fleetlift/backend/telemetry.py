@@ -17,11 +17,12 @@ from typing import Any, cast
 import asyncpg
 
 from fleetlift.backend.context import Context
+from fleetlift.backend.follow import until_stopped
 from fleetlift.backend.parity import Parity
 from fleetlift.bus.log import LogBatch, LogPosition, read, standing
 from fleetlift.bus.subjects import to_topic
 from fleetlift.bus.wire import connect
-from fleetlift.cancelling import end, raise_if_cancelled
+from fleetlift.cancelling import raise_if_cancelled
 from fleetlift.core import telemetry as messages
 from fleetlift.core.delays import bucket, dense
 from fleetlift.core.errors import BadInput, Conflict, Unavailable
@@ -64,10 +65,7 @@ _POISON_CLASSES = frozenset({"22", "23", "54"})
 
 async def run(ctx: Context) -> None:
     """Store telemetry until `ctx.stop` is set. Waits while another process does, or an engine is away."""
-    async with asyncio.TaskGroup() as tasks:
-        reading = tasks.create_task(_read_for_ever(ctx), name="telemetry")
-        await ctx.stop.wait()
-        await end([reading])
+    await until_stopped(ctx, _read_for_ever(ctx))
 
 
 async def _read_for_ever(ctx: Context) -> None:

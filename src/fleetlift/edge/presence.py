@@ -17,7 +17,8 @@ from nats.aio.msg import Msg
 from nats.errors import Error as NatsError
 
 from fleetlift.backend.context import Context
-from fleetlift.cancelling import end, raise_if_cancelled
+from fleetlift.backend.follow import until_stopped
+from fleetlift.cancelling import raise_if_cancelled
 from fleetlift.core.errors import Unavailable
 from fleetlift.core.presence import Connection, Connections, DevicePresence
 from fleetlift.log import get_logger
@@ -81,10 +82,7 @@ async def run(ctx: Context) -> None:
 
     It also cuts off devices whose credentials were taken back.
     """
-    async with asyncio.TaskGroup() as tasks:
-        keeping = tasks.create_task(_keep_for_ever(ctx), name="presence")
-        await ctx.stop.wait()
-        await end([keeping])
+    await until_stopped(ctx, _keep_for_ever(ctx))
 
 
 async def kick(ctx: Context, device: str) -> int:
