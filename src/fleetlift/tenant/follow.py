@@ -277,12 +277,6 @@ class Follower:
             and not self._f.unsettled_until
         )
 
-    async def source_position(self) -> int:
-        """Behind everything that is committed on the source now, also where its commits are not waited for
-        (synchronous_commit = off: `pg_current_wal_flush_lsn` would be too early)."""
-        await self._f.canaries.emit()
-        return self._f.canaries.flushed
-
     async def reached(self, lsn: int, within_s: float) -> bool:
         """Whether everything up to `lsn` of the source's log is on the target, at last after `within_s`."""
         deadline = time.monotonic() + within_s

@@ -120,7 +120,6 @@ class Session:
             await self._target.execute(
                 f"UPDATE {MOVE_SCHEMA}.position SET spool = $2 WHERE slot = $1", f.slot, name
             )
-        self._spooled = True
         f.applied = row["lsn"]
         f.fresh_until = max(f.fresh_until, row["fresh"])
         f.transactions, f.rows = row["transactions"], row["rows"]

@@ -32,14 +32,13 @@ class Step(StrEnum):
 
 class StepRow(msgspec.Struct, frozen=True, kw_only=True):
     """One step. `kept`: what it did outlives the mover; else it is done again after a kill. `undone`: what
-    becomes of it when the cutover is given up before the seal; `afterwards`: once the source is sealed."""
+    becomes of it when the cutover is given up before the seal."""
 
     step: Step
     does: str
     kept: bool
     frozen: bool  # the tenant's writes are refused while it is done
     undone: str
-    afterwards: str = "stays; only forward, or by the way back"
 
 
 STEPS: Final[tuple[StepRow, ...]] = (

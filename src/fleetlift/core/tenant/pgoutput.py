@@ -21,7 +21,6 @@ from fleetlift.core.errors import BadInput
 Cells: TypeAlias = list[bytes | None]
 
 NULL: Final = b"\xff\xff\xff\xff"
-PG_EPOCH_S: Final = 946_684_800  # 2000-01-01, whence PostgreSQL counts microseconds
 _TEXT, _NULL, _SAME = ord("t"), ord("n"), ord("u")
 _NEW, _KEY, _OLD = ord("N"), ord("K"), ord("O")
 
