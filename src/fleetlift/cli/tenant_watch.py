@@ -22,6 +22,7 @@ from fleetlift.cli.watch import (
     WARN,
     Span,
     events,
+    filled,
     gates,
     line,
     rate,
@@ -30,6 +31,7 @@ from fleetlift.cli.watch import (
     spread,
     stopwatch,
     title,
+    without_room,
 )
 from fleetlift.core.migration import Phase
 from fleetlift.core.tenant.move import StepPhase
@@ -194,19 +196,9 @@ def render(status: MoveStatus, width: int, height: int) -> Group:
         lines += [Text(), title("Gates", width), *gates(status.gates, width, wanted)]
     if (left := height - len(lines)) >= 3:
         lines += [Text(), title("Events", width), *events(status.events, width, left - 2)]
-    lines = lines[:height]
-    lines += [Text() for _ in range(height - len(lines))]
-    for text in lines:
-        text.no_wrap, text.overflow = True, "crop"
-        text.end = "\n"
-    lines[-1].end = ""
-    return Group(*lines)
+    return filled(lines[:height], height)
 
 
 def snapshot(status: MoveStatus, width: int) -> Group:
     """The screen as a page to be printed once: as long as it needs to be."""
-    screen = render(status, width, 34 + 2 * len(status.gates) + len(status.steps))
-    lines = [text for text in screen.renderables if isinstance(text, Text)]
-    while lines and not lines[-1].plain.strip():
-        lines.pop()
-    return Group(*lines)
+    return without_room(render(status, width, 34 + 2 * len(status.gates) + len(status.steps)))

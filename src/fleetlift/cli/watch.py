@@ -425,18 +425,27 @@ def render(status: MigrationStatus, width: int, height: int) -> Group:
     top = [*header(status, width), *sides(status, width)]
     room = height - len(top)
     body = _wide(status, width, room) if width >= 130 else _narrow(status, width, room)
-    lines = (top + body)[:height]
-    lines += [Text() for _ in range(height - len(lines))]
-    for text in lines:
-        text.no_wrap, text.overflow = True, "crop"
-        text.end = "\n"
-    lines[-1].end = ""
-    return Group(*lines)
+    return filled((top + body)[:height], height)
 
 
 def snapshot(status: MigrationStatus, width: int) -> Group:
     """The screen as a page to be printed once: as long as it needs to be."""
-    screen = render(status, width, 30 + 2 * len(status.gates) + min(4, len(status.stragglers)))
+    rows = 30 + 2 * len(status.gates) + min(4, len(status.stragglers))
+    return without_room(render(status, width, rows))
+
+
+def filled(lines: Sequence[Text], height: int) -> Group:
+    """A screen of exactly `height` lines, of which there are no more than that; none is broken."""
+    shown = [*lines, *(Text() for _ in range(height - len(lines)))]
+    for text in shown:
+        text.no_wrap, text.overflow = True, "crop"
+        text.end = "\n"
+    shown[-1].end = ""
+    return Group(*shown)
+
+
+def without_room(screen: Group) -> Group:
+    """The screen without the empty lines at its end."""
     lines = [text for text in screen.renderables if isinstance(text, Text)]
     while lines and not lines[-1].plain.strip():
         lines.pop()
