@@ -9,7 +9,7 @@ import contextlib
 import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 from fleetlift.cancelling import raise_if_cancelled
 from fleetlift.core.decide import decide
@@ -51,6 +51,7 @@ ERROR_PAUSE_S = 2.0
 TOLD_AT_ONCE = 1000  # devices, between two looks at what people ask for
 CALLS_OFF = (RequestKind.PAUSE, RequestKind.REVERT, RequestKind.EMERGENCY)
 
+P = TypeVar("P")
 read_plan = lru_cache(maxsize=64)(parse_plan)  # a plan is read again after each round that failed
 
 Decide = Callable[[Plan, MigrationState, Observations, float], Decision]
@@ -59,6 +60,32 @@ Decide = Callable[[Plan, MigrationState, Observations, float], Decision]
 def pause_after(took_s: float, every_s: float = ROUND_EVERY_S) -> float:
     """How long to wait, in seconds, after a round that took so long."""
     return max(every_s - took_s, min(took_s / ROUND_SHARE - took_s, PAUSE_MOST_S), 0.05)
+
+
+def newest_amendment(
+    plan: P,
+    asked: Sequence[Request],
+    read: Callable[[str], P],
+    check: Callable[[P, P, int], None],
+    place: int,
+) -> tuple[P, str | None, dict[int, AuditEntry]]:
+    """The plan to decide by after what is asked; the text of the newest amendment that can be used, None when
+    there is none; and those that cannot, by request. `place`: how far the migration is, for `check`."""
+    text = None
+    refused: dict[int, AuditEntry] = {}
+    for one in asked:
+        if one.kind is not RequestKind.AMEND:
+            continue
+        try:
+            new = str(one.args.get("plan", ""))
+            amended = read(new)
+            check(plan, amended, place)
+            plan, text = amended, new
+        except FleetError as error:
+            refused[one.id] = AuditEntry(
+                kind="request_refused", text=f"amend refused: {error}", actor=one.actor
+            )
+    return plan, text, refused
 
 
 class Rounds(Protocol):
@@ -337,23 +364,12 @@ class Runner:
 
         An amendment is decided on only with the fleet at hand, so until then the stored plan holds.
         """
-        plan, text = self._plan, None
         refused = {one.id: self._refused[one.id] for one in asked if one.id in self._refused}
         if observed.fleet is None:
-            return plan, text, refused
-        for one in asked:
-            if one.kind is not RequestKind.AMEND or one.id in refused:
-                continue
-            try:
-                new = str(one.args.get("plan", ""))
-                amended = read_plan(new)
-                check_amendment(plan, amended, stored.state.rung)
-                plan, text = amended, new
-            except FleetError as error:
-                refused[one.id] = AuditEntry(
-                    kind="request_refused", text=f"amend refused: {error}", actor=one.actor
-                )
-        return plan, text, refused
+            return self._plan, None, refused
+        left = [one for one in asked if one.id not in refused]
+        plan, text, more = newest_amendment(self._plan, left, read_plan, check_amendment, stored.state.rung)
+        return plan, text, refused | more
 
     async def _take_in_emergency(self) -> None:
         """Turn a new `emergency` record of the journal into a request, once for each epoch."""

@@ -15,12 +15,13 @@ from msgspec.structs import replace
 
 from fleetlift.cancelling import end, raise_if_cancelled
 from fleetlift.core.errors import FleetError
-from fleetlift.core.migration import AuditEntry, Phase, Request, RequestKind, Sample
+from fleetlift.core.migration import AuditEntry, Phase, Sample
 from fleetlift.core.tenant.move import MoveDecision, MoveState, Report, Seen, Work, decide
 from fleetlift.core.tenant.plan import TenantPlan, check_tenant_amendment, gates_of_step
 from fleetlift.core.tenant.status import MovePoint
 from fleetlift.core.timeline import GatePoint
 from fleetlift.log import get_logger
+from fleetlift.migrate.runner import newest_amendment
 from fleetlift.migrate.tenant_planfile import parse_tenant_plan
 from fleetlift.mover.move import AWAY, Move
 from fleetlift.store import engine, tenant_moves
@@ -113,7 +114,9 @@ class MoveRunner:
         samples = await self._samples(stored.state, now)
         async with self._lock:
             stored = await self._load()
-            plan, text, refused = self._amended(stored, asked)
+            plan, text, refused = newest_amendment(
+                self._plan, asked, read_plan, check_tenant_amendment, stored.state.step
+            )
             report = self._report()
             decision = decide(
                 plan,
@@ -176,26 +179,6 @@ class MoveRunner:
         )
         for entry in audit:
             log.info(entry.kind, migration=self.name, text=entry.text, actor=entry.actor)
-
-    def _amended(
-        self, stored: StoredMove, asked: tuple[Request, ...]
-    ) -> tuple[TenantPlan, str | None, dict[int, AuditEntry]]:
-        """The plan to decide by: the newest amendment's, when there is one that can be used."""
-        plan, text = self._plan, None
-        refused: dict[int, AuditEntry] = {}
-        for one in asked:
-            if one.kind is not RequestKind.AMEND:
-                continue
-            try:
-                new = str(one.args.get("plan", ""))
-                amended = read_plan(new)
-                check_tenant_amendment(plan, amended, stored.state.step)
-                plan, text = amended, new
-            except FleetError as error:
-                refused[one.id] = AuditEntry(
-                    kind="request_refused", text=f"amend refused: {error}", actor=one.actor
-                )
-        return plan, text, refused
 
     async def _samples(self, state: MoveState, now: float) -> Mapping[str, Sample]:
         step = self._plan.steps[state.step]
