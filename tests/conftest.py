@@ -10,6 +10,7 @@ import pytest_asyncio
 
 from fleetlift.backend.context import Context, open_context
 from fleetlift.config import Settings
+from fleetlift.store.embedded import EmbeddedPostgres
 from fleetlift.store.pool import Pool, open_pool
 from fleetlift.testing import (
     LoopThread,
@@ -19,6 +20,7 @@ from fleetlift.testing import (
     running_backend,
     scratch_directory,
 )
+from tenant_world import running_postgres
 
 # How long an example takes is the machine's matter, not the property's. A commit's tests give one answer:
 # other examples than its own are tried with --hypothesis-profile=explore.
@@ -29,6 +31,15 @@ hypothesis.settings.register_profile(
     "house", hypothesis.settings.get_profile("explore"), derandomize=True, database=None
 )
 hypothesis.settings.load_profile("house")
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def server(request: pytest.FixtureRequest) -> AsyncIterator[EmbeddedPostgres]:
+    """A PostgreSQL for the databases of a module, with its `SERVER_SETTINGS` where it has some."""
+    with scratch_directory() as directory:
+        settings = getattr(request.module, "SERVER_SETTINGS", {})
+        async with running_postgres(directory / "cloud", extra=settings) as running:
+            yield running
 
 
 @pytest.fixture(scope="session")

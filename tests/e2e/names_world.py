@@ -13,7 +13,7 @@ from typing import Any
 import asyncpg
 import httpx
 import msgspec
-from tenant_cloud import OVER, told, without_password
+from tenant_cloud import OVER, told, until_phase, without_password
 
 from fleetlift.config import free_port, load_run
 from fleetlift.core.dns import HonoursTtl, IgnoresTtl, PinsFirst, RecordSet, RecordType, ResolverModel
@@ -289,18 +289,7 @@ class Cast:
 
     async def until(self, *phases: str, within_s: float = 60.0) -> dict[str, Any]:
         """The status once it is in one of `phases` and nothing is asked for any more."""
-        found: dict[str, Any] = {}
-        try:
-            async with asyncio.timeout(within_s):
-                while True:
-                    with contextlib.suppress(httpx.TransportError):
-                        found = await self.status()
-                        if found["phase"] in phases and not found["open_requests"]:
-                            return found
-                        assert found["phase"] not in OVER or found["open_requests"], told(found)
-                    await asyncio.sleep(0.05)
-        except TimeoutError:
-            raise AssertionError(f"not {' or '.join(phases)} within {within_s:g} s: {told(found)}") from None
+        return await until_phase(self.status, phases, within_s)
 
     async def until_step(self, name: str, phase: str, *, says: str = "", wave: int = 0) -> dict[str, Any]:
         """The step of that name once it is in `phase`, in its wave, and its text holds `says`."""

@@ -6,7 +6,7 @@ import os
 import random
 import sys
 from collections import Counter
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -124,14 +124,7 @@ class Mover:
 
     async def until(self, *phases: str, within_s: float = 90.0) -> dict[str, Any]:
         """The status once it is in one of `phases` and nothing is asked for any more."""
-        async with asyncio.timeout(within_s):
-            while True:
-                with contextlib.suppress(httpx.TransportError):
-                    found = await self.status()
-                    if found["phase"] in phases and not found["open_requests"]:
-                        return found
-                    assert found["phase"] not in OVER or found["open_requests"], told(found)
-                await asyncio.sleep(0.1)
+        return await until_phase(self.status, phases, within_s)
 
     async def until_cleaned(self, within_s: float = 60.0) -> None:
         """Until the log says that nothing of the move is left."""
@@ -155,6 +148,25 @@ def told(status: Mapping[str, Any]) -> str:
     """For whoever reads a failed test."""
     events = "\n".join(f"{e['kind']}: {e['text']}" for e in status["events"])
     return f"{status['phase']}: {status['reason']}\n{events}"
+
+
+async def until_phase(
+    status: Callable[[], Awaitable[dict[str, Any]]], phases: Collection[str], within_s: float
+) -> dict[str, Any]:
+    """The status of a move once it is in one of `phases` and nothing is asked for any more."""
+    found: dict[str, Any] = {}
+    try:
+        async with asyncio.timeout(within_s):
+            while True:
+                with contextlib.suppress(httpx.TransportError):
+                    found = await status()
+                    if found["phase"] in phases and not found["open_requests"]:
+                        return found
+                    assert found["phase"] not in OVER or found["open_requests"], told(found)
+                await asyncio.sleep(0.05)
+    except TimeoutError:
+        what = told(found) if found else "it was never heard of"
+        raise AssertionError(f"not {' or '.join(phases)} within {within_s:g} s: {what}") from None
 
 
 class Writers:

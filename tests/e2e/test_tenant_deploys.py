@@ -17,19 +17,12 @@ from fleetlift.mover.move import Move
 from fleetlift.store.embedded import EmbeddedPostgres
 from fleetlift.store.pool import Pool
 from fleetlift.testing import scratch_directory
-from tenant_world import Pair, fill_cloud, fresh_pair, running_postgres
+from tenant_world import Pair, fill_cloud, fresh_pair
 
 pytestmark = [pytest.mark.timeout(300), pytest.mark.asyncio(loop_scope="module")]
 
 NOTE = "CREATE TABLE device_note (id bigserial PRIMARY KEY, device_id bigint REFERENCES device, note text)"
 NOTES = "INSERT INTO device_note (device_id, note) SELECT id, 'n' FROM device WHERE customer_id = 2"
-
-
-@pytest_asyncio.fixture(scope="module", loop_scope="module")
-async def server() -> AsyncIterator[EmbeddedPostgres]:
-    with scratch_directory() as directory:
-        async with running_postgres(directory / "cloud") as running:
-            yield running
 
 
 @pytest_asyncio.fixture(loop_scope="module")

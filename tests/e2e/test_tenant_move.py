@@ -21,13 +21,6 @@ pytestmark = pytest.mark.timeout(300)
 NOTHING_LOST = {"values": 0, "points": 0, "strange": 0}
 
 
-@pytest_asyncio.fixture(scope="module", loop_scope="module")
-async def server() -> AsyncIterator[EmbeddedPostgres]:
-    with scratch_directory() as directory:
-        async with running_postgres(directory / "cloud") as running:
-            yield running
-
-
 @pytest_asyncio.fixture(loop_scope="module")
 async def pair(server: EmbeddedPostgres) -> AsyncIterator[Pair]:
     async with fresh_pair(server) as made:

@@ -10,18 +10,11 @@ from tenant_cloud import mover
 
 from fleetlift.store.embedded import EmbeddedPostgres
 from fleetlift.testing import scratch_directory
-from tenant_world import Pair, fill_cloud, fresh_pair, running_postgres
+from tenant_world import Pair, fill_cloud, fresh_pair
 
 pytestmark = [pytest.mark.timeout(300), pytest.mark.asyncio(loop_scope="module")]
 
 VALUES = "SELECT sequencename, last_value FROM pg_sequences WHERE schemaname = 'public'"
-
-
-@pytest_asyncio.fixture(scope="module", loop_scope="module")
-async def server() -> AsyncIterator[EmbeddedPostgres]:
-    with scratch_directory() as directory:
-        async with running_postgres(directory / "cloud") as running:
-            yield running
 
 
 @pytest_asyncio.fixture(loop_scope="module")

@@ -12,7 +12,6 @@ import asyncpg
 import msgspec
 import psycopg2
 import pytest
-import pytest_asyncio
 from cutover_mover import MOVE, ROWS, SCHEMA, Configuration, Mover, closure_at, cut_over, fences, moving
 from cutover_world import until
 
@@ -26,14 +25,7 @@ from fleetlift.tenant.ddl import set_sequences_ahead
 from fleetlift.tenant.follow import TOUCHED_MAX, Follower
 from fleetlift.tenant.names import APPLIED
 from fleetlift.testing import scratch_directory
-from tenant_world import fresh_pair, running_postgres
-
-
-@pytest_asyncio.fixture(scope="module", loop_scope="module")
-async def server() -> AsyncIterator[EmbeddedPostgres]:
-    with scratch_directory() as directory:
-        async with running_postgres(directory) as running:
-            yield running
+from tenant_world import fresh_pair
 
 
 class Writers:

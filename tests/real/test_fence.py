@@ -7,7 +7,6 @@ from typing import TypeAlias
 
 import asyncpg
 import pytest
-import pytest_asyncio
 from cutover_world import cloud_closure, until
 
 from fleetlift.core.errors import Conflict, Unavailable
@@ -15,18 +14,10 @@ from fleetlift.core.tenant.closure import Closure
 from fleetlift.core.tenant.fence import FROZEN, MOVED, NOT_OPEN, REFUSED, Side, Status
 from fleetlift.store.embedded import EmbeddedPostgres
 from fleetlift.tenant.fence import Fence, Lapsed, StillWriting
-from fleetlift.testing import scratch_directory
-from tenant_world import fill_cloud, fresh_pair, running_postgres
+from tenant_world import fill_cloud, fresh_pair
 
 Connection: TypeAlias = "asyncpg.Connection[asyncpg.Record]"
 MOVE = "acme"
-
-
-@pytest_asyncio.fixture(scope="module", loop_scope="module")
-async def server() -> AsyncIterator[EmbeddedPostgres]:
-    with scratch_directory() as directory:
-        async with running_postgres(directory) as running:
-            yield running
 
 
 @pytest.fixture

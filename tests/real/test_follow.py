@@ -24,11 +24,7 @@ from tenant_world import CLOUD_SQL, Pair, fill_cloud, fresh_pair, running_postgr
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
 
-@pytest_asyncio.fixture(scope="module", loop_scope="module")
-async def server() -> AsyncIterator[EmbeddedPostgres]:
-    with scratch_directory() as directory:
-        async with running_postgres(directory, extra={"fsync": "off"}) as running:
-            yield running
+SERVER_SETTINGS = {"fsync": "off"}
 
 
 @pytest_asyncio.fixture(loop_scope="module")

@@ -35,13 +35,6 @@ INSERT INTO item SELECT n, 1 + n % 2 FROM generate_series(1, 20) n;
 RULES = rules("public.owner.id", "1", full_identity=("public.event",))
 
 
-@pytest_asyncio.fixture(scope="module", loop_scope="module")
-async def server() -> AsyncIterator[EmbeddedPostgres]:
-    with scratch_directory() as directory:
-        async with running_postgres(directory) as running:
-            yield running
-
-
 @pytest_asyncio.fixture(loop_scope="module")
 async def pair(server: EmbeddedPostgres) -> AsyncIterator[Pair]:
     async with fresh_pair(server) as fresh:

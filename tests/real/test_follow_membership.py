@@ -16,17 +16,12 @@ from follow_world import World, rules, world
 
 from fleetlift.core.tenant.closure import Policy, Reference
 from fleetlift.store.embedded import EmbeddedPostgres
-from fleetlift.testing import scratch_directory
-from tenant_world import Pair, fresh_pair, running_postgres
+from tenant_world import Pair, fresh_pair
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
 
-@pytest_asyncio.fixture(scope="module", loop_scope="module")
-async def server() -> AsyncIterator[EmbeddedPostgres]:
-    with scratch_directory() as directory:
-        async with running_postgres(directory, extra={"fsync": "off"}) as running:
-            yield running
+SERVER_SETTINGS = {"fsync": "off"}
 
 
 @pytest_asyncio.fixture(loop_scope="module")

@@ -5,7 +5,6 @@ from pathlib import Path
 
 import asyncpg
 import pytest
-import pytest_asyncio
 from cutover_world import cloud_closure
 from typer.testing import CliRunner
 
@@ -18,16 +17,9 @@ from fleetlift.tenant.fence import Fence
 from fleetlift.tenant.follow import Direction, Follower
 from fleetlift.tenant.leftovers import Kind, clean, leftovers
 from fleetlift.testing import scratch_directory
-from tenant_world import Pair, fill_cloud, fresh_pair, running_postgres
+from tenant_world import Pair, fill_cloud, fresh_pair
 
 MOVE = "acme"
-
-
-@pytest_asyncio.fixture(scope="module", loop_scope="module")
-async def server() -> AsyncIterator[EmbeddedPostgres]:
-    with scratch_directory() as directory:
-        async with running_postgres(directory) as running:
-            yield running
 
 
 @pytest.fixture

@@ -10,7 +10,6 @@ from typing import Any, cast
 import asyncpg
 import psycopg2
 import pytest
-import pytest_asyncio
 from follow_world import read_closure, rules, until
 from move_world import SCHEMA, Moving, fill, move, run, value
 from msgspec.structs import replace
@@ -30,12 +29,7 @@ from fleetlift.tenant.leftovers import clean
 from fleetlift.testing import scratch_directory
 from tenant_world import Pair, fresh_pair, running_postgres
 
-
-@pytest_asyncio.fixture(scope="module", loop_scope="module")
-async def server() -> AsyncIterator[EmbeddedPostgres]:
-    with scratch_directory() as directory:
-        async with running_postgres(directory, extra={"fsync": "off"}) as running:
-            yield running
+SERVER_SETTINGS = {"fsync": "off"}
 
 
 @pytest.fixture

@@ -4,25 +4,19 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
-import pytest_asyncio
 from move_world import fill, move, run, value
 
 from fleetlift.core.migration import Phase, RequestKind
 from fleetlift.store.embedded import EmbeddedPostgres
 from fleetlift.store.pool import Pool
 from fleetlift.tenant.emptying import drop_database, is_there
-from fleetlift.testing import scratch_directory
-from tenant_world import Pair, fresh_pair, running_postgres
+from tenant_world import Pair, fresh_pair
 
 OWNERS = "SELECT string_agg(id::text, ' ') FROM owner"
 SLOTS = "SELECT count(*) FROM pg_replication_slots WHERE database = current_database()"
 
 
-@pytest_asyncio.fixture(scope="module", loop_scope="module")
-async def server() -> AsyncIterator[EmbeddedPostgres]:
-    with scratch_directory() as directory:
-        async with running_postgres(directory, extra={"fsync": "off"}) as running:
-            yield running
+SERVER_SETTINGS = {"fsync": "off"}
 
 
 @pytest.fixture

@@ -58,13 +58,6 @@ class Crash(BaseException):
     """The copier is gone from one moment to the next."""
 
 
-@pytest_asyncio.fixture(scope="module", loop_scope="module")
-async def server() -> AsyncIterator[EmbeddedPostgres]:
-    with scratch_directory() as directory:
-        async with running_postgres(directory) as running:
-            yield running
-
-
 @pytest_asyncio.fixture(loop_scope="module")
 async def pair(server: EmbeddedPostgres) -> AsyncIterator[Pair]:
     async with fresh_pair(server) as fresh:

@@ -136,13 +136,6 @@ ORDER BY 1
 """
 
 
-@pytest_asyncio.fixture(scope="module", loop_scope="module")
-async def server() -> AsyncIterator[EmbeddedPostgres]:
-    with scratch_directory() as directory:
-        async with running_postgres(directory) as running:
-            yield running
-
-
 @pytest_asyncio.fixture(loop_scope="module")
 async def odd(server: EmbeddedPostgres) -> AsyncIterator[Pair]:
     async with fresh_pair(server) as pair:

@@ -12,8 +12,7 @@ from fleetlift.core.errors import Conflict
 from fleetlift.store.embedded import EmbeddedPostgres
 from fleetlift.tenant import follow_session
 from fleetlift.tenant.follow import Follower
-from fleetlift.testing import scratch_directory
-from tenant_world import fresh_pair, running_postgres
+from tenant_world import fresh_pair
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
@@ -37,11 +36,7 @@ OF_OTHERS = (
 )
 
 
-@pytest_asyncio.fixture(scope="module", loop_scope="module")
-async def server() -> AsyncIterator[EmbeddedPostgres]:
-    with scratch_directory() as directory:
-        async with running_postgres(directory, extra={"fsync": "off"}) as running:
-            yield running
+SERVER_SETTINGS = {"fsync": "off"}
 
 
 class Back:
