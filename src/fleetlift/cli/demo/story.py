@@ -2,7 +2,6 @@
 
 import asyncio
 import json
-import shutil
 import time
 from contextlib import ExitStack
 from pathlib import Path
@@ -16,6 +15,7 @@ from rich.text import Text
 
 from fleetlift.cli.client import Api, connect
 from fleetlift.cli.demo.operator import Operator
+from fleetlift.cli.demo.stage import Stage
 from fleetlift.cli.demo.verdict import (
     Stored,
     Verdict,
@@ -44,7 +44,6 @@ WIDE, NARROW = "attributes.hardware >= 2", f"attributes.hardware != {MISBEHAVING
 POLL_S: Final = 0.4
 TIME_TO_READ_S: Final = 5.0  # a breach stays on the screen so long before the plan is narrowed
 PATIENCE_S: Final = 900.0  # a demo that takes longer has failed
-MARKER: Final = "demo.json"  # lies in directories that the demo may empty
 _OVER: Final = (Phase.FINISHED, Phase.REVERTED, Phase.RELEASED)
 
 
@@ -58,62 +57,36 @@ class Options(msgspec.Struct, frozen=True, kw_only=True):
     commands_per_s: float
 
 
-class Demo:
+class Demo(Stage):
     """One run. All that it leaves is in `options.directory`."""
 
     def __init__(self, options: Options, console: Console) -> None:
-        self.options, self.console, self.directory = options, console, options.directory
-        self._started = time.monotonic()
+        super().__init__(options.directory, console)
+        self.options = options
         self._printed = 0  # the newest event that was printed where there is no live screen
 
     def run(self) -> int:
         """The whole story. Returns the exit status: 0 when every promise was kept."""
-        self._empty_directory()
+        self.clear(self.options.devices)
         with ExitStack() as parts:
             old, fleet = self._start_old_side(parts)
             backend = self._start_new_side(parts)
             api = parts.enter_context(connect(backend))
             operator = self._migrate(parts, api, old)
             finished = self._watch(api, old)
-            self._say("the operator puts the console away; devices drain their outboxes")
+            self.say("the operator puts the console away; devices drain their outboxes")
             operator.stop()
             verdict = asyncio.run(self._settle(finished, backend, fleet, operator))
             report = asyncio.run(self._write_report(backend, verdict))
-        (self.directory / "verdict.json").write_bytes(
-            msgspec.json.format(msgspec.json.encode(verdict), indent=2) + b"\n"
-        )
-        self.console.print()
-        self.console.print(shown(verdict))
-        self.console.print()
-        self._say(f"the report is {report}; open it in a browser")
+        self.close(verdict, shown(verdict), report)
         return 0 if verdict.good else 1
 
     # -- the parts -------------------------------------------------------------------------------------
 
-    def _say(self, text: str, *, sign: str = "✓", style: str = "green") -> None:
-        at = Text(f"{time.monotonic() - self._started:4.0f} s ", style="dim")
-        self.console.print(at, Text(sign, style=style), Text(text))
-
-    def _empty_directory(self) -> None:
-        """Begin with nothing; a directory that was not made by the demo is left alone."""
-        if self.directory.is_dir() and any(self.directory.iterdir()):
-            if not (self.directory / MARKER).is_file():
-                raise Unavailable(f"{self.directory} holds something else: name another with --directory")
-            shutil.rmtree(self.directory)
-        self.directory.mkdir(parents=True, exist_ok=True)
-        (self.directory / MARKER).write_text(json.dumps({"devices": self.options.devices}) + "\n")
-
-    def _part(self, parts: ExitStack, name: str, arguments: list[str], ready: str) -> Part:
-        part = Part(name, arguments, self.directory / "logs" / f"{name}.log")
-        parts.callback(part.stop)
-        part.start()
-        part.wait_printed(ready, within_s=60.0)
-        return part
-
     def _start_old_side(self, parts: ExitStack) -> tuple[str, Part]:
         inventory, data = self.directory / "inventory.jsonl", self.directory / "legacy"
         count = ["--devices", str(self.options.devices), "--inventory", str(inventory)]
-        self._part(parts, "inventory", ["device", "inventory", *count], "devices in")
+        self.start(parts, "inventory", ["device", "inventory", *count], "devices in")
         serve = [
             "legacy",
             "serve",
@@ -124,10 +97,10 @@ class Demo:
             "--devices",
             str(inventory),
         ]
-        self._part(parts, "legacy", serve, "ready")
+        self.start(parts, "legacy", serve, "ready")
         old = f"tcp://{(data / 'address').read_text().strip()}"
-        self._say(f"the old backend listens on {old}: one TCP server with a protocol of its own")
-        fleet = self._part(
+        self.say(f"the old backend listens on {old}: one TCP server with a protocol of its own")
+        fleet = self.start(
             parts,
             "fleet",
             [
@@ -137,7 +110,7 @@ class Demo:
             ],
             "running",
         )
-        self._say(f"{self.options.devices} recorded vehicles drive, each an agent with a disk of its own")
+        self.say(f"{self.options.devices} recorded vehicles drive, each an agent with a disk of its own")
         return old, fleet
 
     @property
@@ -147,8 +120,8 @@ class Demo:
     def _start_new_side(self, parts: ExitStack) -> Path:
         data = self.directory / "fleetlift"
         listen = ["--http", "127.0.0.1:0", "--mqtt", "127.0.0.1:0"]
-        self._part(parts, "serve", ["serve", "--data", str(data), *listen], "ready")
-        self._say("Fleetlift is ready on its embedded engines, NATS and PostgreSQL")
+        self.start(parts, "serve", ["serve", "--data", str(data), *listen], "ready")
+        self.say("Fleetlift is ready on its embedded engines, NATS and PostgreSQL")
         return data
 
     # -- the migration ---------------------------------------------------------------------------------
@@ -168,7 +141,7 @@ class Demo:
         check = api.post("/migrations/check", {"plan": plan})
         (self.directory / "check.json").write_text(json.dumps(check, indent=2) + "\n")
         api.post("/migrations", {"plan": plan})
-        self._say(f"the migration {NAME} has started; its plan is {self.directory / 'plan.yaml'}")
+        self.say(f"the migration {NAME} has started; its plan is {self.directory / 'plan.yaml'}")
         devices = [line["device"] for line in map(json.loads, self._inventory())]
         deadline = time.monotonic() + 30.0
         while len(api.items("/devices", len(devices))[0]) < len(devices):
@@ -178,7 +151,7 @@ class Demo:
         operator = Operator(api, devices, self.options.commands_per_s)
         parts.callback(operator.stop)
         operator.start()
-        self._say(f"an operator locks, unlocks and sets vehicles, {self.options.commands_per_s:g} a second")
+        self.say(f"an operator locks, unlocks and sets vehicles, {self.options.commands_per_s:g} a second")
         return operator
 
     def _inventory(self) -> list[str]:
@@ -257,7 +230,7 @@ class Demo:
             commands_unfinished=unfinished,
             longest_gap_s=max((d.longest_gap_s for d in truth.values()), default=None),
             reverts=end.reverts,
-            lasted_s=round(time.monotonic() - self._started, 1),
+            lasted_s=self.lasted_s,
         )
 
     async def _write_report(self, backend: Path, verdict: Verdict) -> Path:

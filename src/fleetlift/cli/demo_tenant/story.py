@@ -22,6 +22,7 @@ from rich.text import Text
 
 from fleetlift.bus.embedded import random_database_password
 from fleetlift.cli.client import Api, connect
+from fleetlift.cli.demo.stage import Stage
 from fleetlift.cli.demo_tenant import cloud
 from fleetlift.cli.demo_tenant.verdict import Verdict, figures, shown
 from fleetlift.cli.migrate import print_event
@@ -33,7 +34,6 @@ from fleetlift.core.dns import HonoursTtl, PinsFirst
 from fleetlift.core.errors import Unavailable
 from fleetlift.core.migration import Phase
 from fleetlift.core.tenant.status import MoveStatus, from_document
-from fleetlift.load.parts import Part
 from fleetlift.load.plain import PlainDevice, PlainFleet
 from fleetlift.load.resolving import Resolver
 from fleetlift.migrate.tenant_report import read_report
@@ -50,7 +50,6 @@ TENANTS: Final = {"acme": cloud.ACME, "pool": cloud.POOL}
 TTL_S: Final = 5
 POLL_S: Final = 0.4
 PATIENCE_S: Final = 900.0
-MARKER: Final = "demo.json"
 DEVICE_ROWS: Final = 60
 MESSAGES_S: Final = 2.0  # of each device
 PINNED: Final = 2  # devices that never ask DNS again
@@ -75,34 +74,28 @@ class Side(msgspec.Struct, frozen=True, kw_only=True):
     password: str
 
 
-class Story:
+class Story(Stage):
     """One run. All that it leaves is in `options.directory`."""
 
     def __init__(self, options: Options, console: Console) -> None:
-        self.options, self.console, self.directory = options, console, options.directory.resolve()
-        self._started = time.monotonic()
+        super().__init__(options.directory.resolve(), console)
+        self.options = options
         self._printed = 0
 
     async def run(self) -> int:
         """The whole story. Returns the exit status: 0 when every promise was kept."""
         self._check_knot()
-        self._empty_directory()
+        self.clear(self.options.devices)
         async with contextlib.AsyncExitStack() as stack:
             verdict = await self._tell(stack)
-        (self.directory / "verdict.json").write_bytes(
-            msgspec.json.format(msgspec.json.encode(verdict), indent=2) + b"\n"
-        )
-        self.console.print()
-        self.console.print(shown(verdict))
-        self.console.print()
-        self._say(f"the report is {self.directory / 'report.html'}; open it in a browser")
+        self.close(verdict, shown(verdict), self.directory / "report.html")
         return 0 if verdict.good else 1
 
     async def _tell(self, stack: contextlib.AsyncExitStack) -> Verdict:
         source = await stack.enter_async_context(self._database("cloud"))
         target = await stack.enter_async_context(self._database("dedicated"))
         rows = await cloud.fill(source.url, devices=DEVICE_ROWS, values=self.options.rows)
-        self._say(f"a shared database: {cloud.TENANTS} tenants, {rows:,} rows in the same tables")
+        self.say(f"a shared database: {cloud.TENANTS} tenants, {rows:,} rows in the same tables")
         port = free_port(OLD_HOST, NEW_HOST)
         dns = await stack.enter_async_context(
             running_knot(
@@ -119,16 +112,16 @@ class Story:
             "FLEETLIFT_DNS_KEY": dns.key_text,
         }
         new = self._serve(stack, "new", f"{NEW_HOST}:{port}", secrets_)
-        self._say(f"the shared cloud at {OLD_HOST}, a dedicated Fleetlift at {NEW_HOST}, names on Knot")
+        self.say(f"the shared cloud at {OLD_HOST}, a dedicated Fleetlift at {NEW_HOST}, names on Knot")
         apis = [stack.enter_context(connect(data)) for data in (old, new)]
         fleet = await self._devices(stack, apis, dns, port)
-        self._say(
+        self.say(
             f"{len(fleet.devices)} devices on line by name, {PINNED} of them will never look it up again"
         )
         app = cloud.Application(source.url, target.url, tenant=cloud.ACME, rate_s=self.options.writes_s)
         await app.start()
         stack.push_async_callback(app.stop)
-        self._say(f"an application writes {self.options.writes_s:g} times a second, and so do other tenants")
+        self.say(f"an application writes {self.options.writes_s:g} times a second, and so do other tenants")
         plan = self._write_plan(source, target, dns, relay, port)
         await self._explain(source)
         rehearsal = await asyncio.to_thread(
@@ -137,19 +130,15 @@ class Story:
         show_rehearsal(rehearsal)
         if not rehearsal.good:
             raise Unavailable(f"the rehearsal did not go as it should: {rehearsal.cycles[-1].problem}")
-        self._say("the test pool has been there and back")
+        self.say("the test pool has been there and back")
         status = await self._migrate(apis[1], plan)
         await asyncio.sleep(3.0)  # life on the new side, before the accounts are closed
         return await self._settle(status, apis[1], source, target, (old, new), fleet, app, rehearsal.good)
 
     # -- the parts -------------------------------------------------------------------------------------
 
-    def _say(self, text: str, *, sign: str = "✓", style: str = "green") -> None:
-        at = Text(f"{time.monotonic() - self._started:4.0f} s ", style="dim")
-        self.console.print(at, Text(sign, style=style), Text(text))
-
     def _whisper(self, text: str) -> None:
-        self._say(text, sign="·", style="dim")
+        self.say(text, sign="·", style="dim")
 
     def _check_knot(self) -> None:
         """A name server is needed; where we may, it is installed."""
@@ -161,15 +150,6 @@ class Story:
             raise Unavailable(
                 "the demo needs a name server that takes updates: apt-get install -y knot, then try again"
             )
-
-    def _empty_directory(self) -> None:
-        """Begin with nothing; a directory that was not made by the demo is left alone."""
-        if self.directory.is_dir() and any(self.directory.iterdir()):
-            if not (self.directory / MARKER).is_file():
-                raise Unavailable(f"{self.directory} holds something else: name another with --directory")
-            shutil.rmtree(self.directory)
-        self.directory.mkdir(parents=True, exist_ok=True)
-        (self.directory / MARKER).write_text(json.dumps({"devices": self.options.devices}) + "\n")
 
     @contextlib.asynccontextmanager
     async def _database(self, name: str) -> AsyncIterator[Side]:
@@ -190,31 +170,17 @@ class Story:
         finally:
             await server.stop()
 
-    def _part(
-        self,
-        stack: contextlib.AsyncExitStack,
-        name: str,
-        arguments: list[str],
-        ready: str,
-        environment: dict[str, str] | None = None,
-    ) -> Part:
-        part = Part(name, arguments, self.directory / "logs" / f"{name}.log", environment=environment)
-        stack.callback(part.stop)
-        part.start()
-        part.wait_printed(ready, within_s=60.0)
-        return part
-
     def _serve(
         self, stack: contextlib.AsyncExitStack, name: str, mqtt: str, environment: dict[str, str]
     ) -> Path:
         data = self.directory / name
         listen = ["--http", "127.0.0.1:0", "--mqtt", mqtt]
-        self._part(stack, name, ["serve", "--data", str(data), *listen], "ready", environment)
+        self.start(stack, name, ["serve", "--data", str(data), *listen], "ready", environment)
         return data
 
     def _relay(self, stack: contextlib.AsyncExitStack, old: Path, port: int) -> Path:
         data = self.directory / "relay"
-        self._part(
+        self.start(
             stack,
             "relay",
             [
@@ -304,7 +270,7 @@ class Story:
         if done.returncode:
             raise Unavailable(f"the tenant could not be explained:\n{said.decode()}")
         self.console.print(Text(said.decode().rstrip()), soft_wrap=True)
-        self._say("which rows come, and why: 'fleetlift tenant explain' says it for any plan")
+        self.say("which rows come, and why: 'fleetlift tenant explain' says it for any plan")
 
     async def _migrate(self, api: Api, plan: Path) -> MoveStatus:
         body = {
@@ -314,7 +280,7 @@ class Story:
         check = await asyncio.to_thread(api.post, "/migrations/check", body)
         (self.directory / "check.json").write_text(json.dumps(check, indent=2) + "\n")
         await asyncio.to_thread(api.post, "/migrations", body)
-        self._say(f"the move {NAME} has started; its plan is {plan}")
+        self.say(f"the move {NAME} has started; its plan is {plan}")
         deadline = time.monotonic() + PATIENCE_S
         with Live(console=self.console, screen=self.console.is_terminal, auto_refresh=False) as live:
             while True:
@@ -334,7 +300,7 @@ class Story:
                     raise Unavailable(f"the move has not ended within {PATIENCE_S / 60:.0f} minutes")
                 await asyncio.sleep(POLL_S)
         if status.phase is not Phase.FINISHED:
-            self._say(f"the move is {status.phase}: {status.reason}", sign="✗", style="red")
+            self.say(f"the move is {status.phase}: {status.reason}", sign="✗", style="red")
         return status
 
     # -- the verdict -----------------------------------------------------------------------------------
@@ -351,7 +317,7 @@ class Story:
         rehearsal: bool,
     ) -> Verdict:
         """Close both accounts, then lay them beside what is stored."""
-        self._say("devices and application fall silent; what they were promised is counted")
+        self.say("devices and application fall silent; what they were promised is counted")
         await app.stop()
         left = await fleet.finish(30.0)
         acme = [d for d in fleet.devices if d.device.startswith(("acme", "pool"))]
@@ -389,7 +355,7 @@ class Story:
             longest_gap_s=round(max(d.longest_gap_s for d in acme), 3),
             rehearsed=rehearsal,
             left_on_source=left_on_source,
-            lasted_s=round(time.monotonic() - self._started, 1),
+            lasted_s=self.lasted_s,
         )
         await self._write_report(sides[1], verdict)
         return verdict
@@ -425,7 +391,7 @@ class Story:
                 break
             await asyncio.sleep(0.3)
         left = await leftovers(source.url)
-        self._say(f"released: {len(left)} things of Fleetlift's are left on the source")
+        self.say(f"released: {len(left)} things of Fleetlift's are left on the source")
         return len(left)
 
     async def _write_report(self, backend: Path, verdict: Verdict) -> None:
