@@ -414,14 +414,9 @@ class _Sets:
             joins, goes_on = [], []
             for n, one in enumerate(inner):
                 parent = f"_p{n}"
-                found = _looked_up(closure, one, keys.of(one, "_r"), parent)
+                found, further = _one_up(closure, keys, one, inner, parent)
                 joins.append(f"LEFT JOIN {quoted_table(one.parent)} {parent} ON {found}")
-                for following in inner:
-                    if following.child == one.parent:
-                        at = [_column(parent, column) for column in following.columns]
-                        goes_on.append(
-                            f"SELECT {keys.row(following, at)} WHERE {_all([_when(following, parent)])}"
-                        )
+                goes_on += further
             self._texts.append(keys.recursive(name, begins, joins, goes_on))
         return _selected(name, keys.of(edge, "_r"), [cast for cast, _ in _sides(closure, edge)])
 
@@ -490,6 +485,19 @@ class _Keys:
 def _selected(name: str, columns: Sequence[str], casts: Sequence[str]) -> str:
     values = ", ".join(f"{column}{cast}" for column, cast in zip(columns, casts, strict=True))
     return f"SELECT {values} FROM {name} _r WHERE {' AND '.join(f'{c} IS NOT NULL' for c in columns)}"
+
+
+def _one_up(
+    closure: Closure, keys: _Keys, edge: Edge, inner: Sequence[Edge], parent: str
+) -> tuple[str, list[str]]:
+    """For `_Keys.recursive`: what a row `_r` finds by `edge`, aliased `parent`, and the rows that follow it
+    by the references of `inner`."""
+    further = []
+    for following in inner:
+        if following.child == edge.parent:
+            at = [_column(parent, column) for column in following.columns]
+            further.append(f"SELECT {keys.row(following, at)} WHERE {_all([_when(following, parent)])}")
+    return _looked_up(closure, edge, keys.of(edge, "_r"), parent), further
 
 
 def _groups(closure: Closure, follows: Callable[[Edge], bool]) -> dict[TableName, tuple[TableName, ...]]:
@@ -594,14 +602,9 @@ class _Climb:
         name = f"_up_{self._count}"
         for n, edge in enumerate(inner):
             parent = f"_p{self._count}_{n}"
-            found = _looked_up(closure, edge, keys.of(edge, "_r"), parent)
+            found, further = _one_up(closure, keys, edge, inner, parent)
             joins.append(f"LEFT JOIN {quoted_table(edge.parent)} {parent} ON {found}")
-            for following in inner:
-                if following.child == edge.parent:
-                    columns = [_column(parent, column) for column in following.columns]
-                    goes_on.append(
-                        f"SELECT {keys.row(following, columns)} WHERE {_all([_when(following, parent)])}"
-                    )
+            goes_on += further
             if outer := self._outer(edge.parent, parent, group):
                 ends.append(
                     f"EXISTS (SELECT 1 FROM {name} _r JOIN {quoted_table(edge.parent)} {parent} ON {found} "
